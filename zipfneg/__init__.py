@@ -1,0 +1,44 @@
+"""Zipf-distributed negatives, their exact log q, and losses with hand-derived gradients."""
+
+from .candidates import Candidates
+from .contrastive import Contrastive, ContrastiveGrads, ContrastiveOutput, RowGrads
+from .interop import as_array
+from .loss import (
+    Grads,
+    sampled_softmax_backward,
+    sampled_softmax_forward,
+    sampled_softmax_loss,
+    sampled_softmax_value_and_grad,
+)
+from .popularity import Empirical, LogUniform, Uniform
+from .retrieval import Ranks, TopK, full_softmax_loss, rank, scores, top_k
+from .sampling import Draw, InBatchSampler, MixtureSampler, PopularitySampler
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Candidates",
+    "Contrastive",
+    "ContrastiveGrads",
+    "ContrastiveOutput",
+    "Draw",
+    "Empirical",
+    "Grads",
+    "InBatchSampler",
+    "LogUniform",
+    "MixtureSampler",
+    "PopularitySampler",
+    "Ranks",
+    "RowGrads",
+    "TopK",
+    "Uniform",
+    "as_array",
+    "full_softmax_loss",
+    "rank",
+    "sampled_softmax_backward",
+    "sampled_softmax_forward",
+    "sampled_softmax_loss",
+    "sampled_softmax_value_and_grad",
+    "scores",
+    "top_k",
+]

@@ -1,0 +1,281 @@
+"""The head: sampler, false negatives, loss and metrics in one frozen value."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import checks, retrieval
+from .candidates import Candidates, as_candidates, as_temperature
+from .checks import NDArray
+from .cpu import rows as row_kernels
+from .cpu import softmax
+from .interop import Array, borrow
+from .loss import CORRECTIONS, LOSSES, prepare
+from .masking import Csr
+from .metrics import ranking_metrics
+from .sampling import MixtureSampler
+
+
+class RowGrads(NamedTuple):
+    """Gradients of the rows of a table that a step touched, each id once, ascending.
+
+    ids (M,), rows (M, D), and bias (M,) where the items have biases.
+    """
+
+    ids: Array
+    rows: Array
+    bias: Array | None = None
+
+
+class ContrastiveGrads(NamedTuple):
+    """Gradients of the head's loss: `items` where a table was given, else `positives`."""
+
+    queries: Array
+    items: RowGrads | None
+    positives: Candidates | None
+    temperature: Array
+
+
+class Contrastive(NamedTuple):
+    """One step of the head: the mean loss, its gradients, metrics by name, negative ids (S,)."""
+
+    loss: Array
+    grads: ContrastiveGrads
+    metrics: dict[str, float]
+    negative_ids: Array | None
+
+
+@dataclass(frozen=True)
+class ContrastiveOutput:
+    """Contrastive output of a retrieval model: samples negatives and gives loss and gradients.
+
+    Parameters
+    ----------
+    samplers : one sampler, or several, whose negatives stand side by side with the log q of the
+        whole (`MixtureSampler`).
+    temperature, correction, loss : as for `sampled_softmax_loss`.
+    mask_accidental_hits : drop negatives equal to the row's positive. Keep the hits (False) with
+        `PopularitySampler(unique=False)`: log(S·p) is then exact for every S.
+    top_ks : the k of the metrics, which rank the positive among the sampled negatives by the
+        uncorrected score; () for none.
+    store_negative_ids : return the negatives' ids with each step.
+
+    Notes
+    -----
+    Metrics among sampled negatives are higher than those over the catalog, and order models
+    differently (Krichene & Rendle 2020, On sampled metrics for item recommendation): watch
+    training by them, and judge by `zipfneg.rank`.
+
+    Examples
+    --------
+    Weight tying, with a table of item embeddings whose row 0 is padding:
+
+    >>> import numpy as np
+    >>> from zipfneg import ContrastiveOutput, LogUniform, PopularitySampler
+    >>> rng = np.random.default_rng(0)
+    >>> table, queries = rng.normal(size=(1001, 16)), rng.normal(size=(32, 16))
+    >>> head = ContrastiveOutput(PopularitySampler(LogUniform(1000, first_id=1), 64))
+    >>> out = head(queries, rng.integers(1, 1001, 32), items=table, step=0)
+    >>> table[out.grads.items.ids] -= 0.1 * out.grads.items.rows
+    >>> sorted(out.metrics)
+    ['map@10', 'mrr@10', 'ndcg@10', 'precision@10', 'recall@10']
+
+    Two towers, with the batch's items as negatives:
+
+    >>> from zipfneg import InBatchSampler
+    >>> head = ContrastiveOutput(InBatchSampler(LogUniform(1000)), temperature=0.05)
+    >>> out = head(queries, rng.integers(0, 1000, 32), positives=rng.normal(size=(32, 16)))
+    >>> out.grads.positives.embeddings.shape
+    (32, 16)
+    """
+
+    samplers: Any
+    temperature: float | Array = field(default=1.0, kw_only=True)
+    correction: str = field(default="both", kw_only=True)
+    mask_accidental_hits: bool = field(default=True, kw_only=True)
+    loss: str = field(default="softmax", kw_only=True)
+    top_ks: tuple[int, ...] = field(default=(10,), kw_only=True)
+    store_negative_ids: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.samplers, Sequence):
+            samplers = tuple(self.samplers)
+            object.__setattr__(self, "samplers", samplers)
+            if not samplers:
+                raise ValueError("samplers: expected at least one, got none")
+        as_temperature(self.temperature)
+        checks.one_of("correction", self.correction, CORRECTIONS)
+        checks.one_of("loss", self.loss, LOSSES)
+        top_ks = tuple(checks.integer("top_ks", k, 1, 2**40) for k in self.top_ks)
+        object.__setattr__(self, "top_ks", top_ks)
+
+    @property
+    def sampler(self) -> Any:
+        """The one sampler, or the mixture of several."""
+        if not isinstance(self.samplers, tuple):
+            return self.samplers
+        return self.samplers[0] if len(self.samplers) == 1 else MixtureSampler(self.samplers)
+
+    def __call__(
+        self,
+        queries: Array,
+        positive_ids: Array,
+        *,
+        items: Array | Candidates | None = None,
+        positives: Array | Candidates | None = None,
+        step: int = 0,
+        known_positives: Csr | None = None,
+        sample_weight: Array | None = None,
+    ) -> Contrastive:
+        """Sample negatives for a batch; its loss, gradients and metrics.
+
+        Parameters
+        ----------
+        queries : (B, D).
+        positive_ids : (B,), the id of each query's item.
+        items : the table (N, D), row = id, or `Candidates` with embeddings (N, D) and bias (N,).
+            Positives and negatives are its rows.
+        positives : instead of a table, the positives' own embeddings (B, D), or `Candidates` with
+            embeddings and bias, for samplers whose negatives come with embeddings
+            (`InBatchSampler`).
+        step : training step: negatives are a pure function of the sampler and it.
+        known_positives, sample_weight : as for `sampled_softmax_loss`.
+
+        Returns
+        -------
+        `Contrastive`, its arrays of the inputs' framework.
+        """
+        if (items is None) == (positives is None):
+            raise ValueError("items, positives: expected exactly one of them")
+        tied = items is not None
+        name = "items" if tied else "positives"
+        side = as_candidates(name, items if tied else positives)
+        place, given = borrow(
+            {
+                "queries": queries,
+                "positive_ids": positive_ids,
+                "embeddings": side.embeddings,
+                "bias": side.bias,
+                "sample_weight": sample_weight,
+            }
+        )
+        ids, embeddings, bias = given["positive_ids"], given["embeddings"], given["bias"]
+        if ids is None:
+            raise ValueError("positive_ids: expected an array (B,), got None")
+        if embeddings is None or embeddings.ndim != 2:
+            raise ValueError(
+                f"{name}: expected embeddings {'(N, D)' if tied else '(B, D)'}, got "
+                f"{None if embeddings is None else embeddings.shape}"
+            )
+        checks.floating(name, embeddings)
+        if bias is not None:
+            checks.shape(f"{name}.bias", bias, embeddings.shape[:1], f"as {name}.embeddings")
+
+        if tied:
+            draw = self.sampler.sample(Candidates(ids=ids), step=step)
+            both = np.concatenate([ids, draw.negatives.ids])  # (B + S,)
+            if len(both) and not (both.min() >= 0 and both.max() < len(embeddings)):
+                raise ValueError(
+                    f"items: expected a row for every id drawn or given, 0 to {both.max()}, got "
+                    f"{len(embeddings)} rows"
+                )
+            rows, row_bias = embeddings[both], None if bias is None else bias[both]
+            first_negative = len(ids)
+        else:
+            checks.shape("positives", embeddings, (len(ids), embeddings.shape[1]), "(B, D)")
+            draw = self.sampler.sample(Candidates(ids, embeddings, bias=bias), step=step)
+            if draw.negatives.embeddings is None:
+                raise ValueError(
+                    f"samplers: {type(self.sampler).__name__} gives ids without embeddings; pass "
+                    f"items=table, or use InBatchSampler with positives="
+                )
+            rows, row_bias = embeddings, bias
+            first_negative = 0  # the positives are the negatives
+
+        def candidates(part: slice, part_ids: NDArray | None, log_q: NDArray | None) -> Candidates:
+            return Candidates(
+                part_ids, rows[part], log_q, None if row_bias is None else row_bias[part]
+            )
+
+        hits = self.mask_accidental_hits
+        compare = hits or known_positives is not None
+        prepared = prepare(
+            given["queries"],
+            candidates(slice(len(ids)), ids if hits else None, draw.positives.log_q),
+            candidates(
+                slice(first_negative, None),
+                draw.negatives.ids if compare else None,
+                draw.negatives.log_q,
+            ),
+            temperature=self.temperature,
+            known_positives=known_positives,
+            sample_weight=given["sample_weight"],
+            correction=self.correction,
+            loss=self.loss,
+        )
+        result, gradients = softmax.value_and_gradients(
+            prepared.problem, prepared.weight, ranks=bool(self.top_ks)
+        )
+        metrics = {}
+        if self.top_ks:
+            metrics = ranking_metrics(result.num_better, self.top_ks, num_tied=result.num_tied)
+
+        def back(gradient: NDArray, like: NDArray | None) -> Array:
+            return None if like is None else place.give(gradient.astype(like.dtype, copy=False))
+
+        item_grads = positive_grads = None
+        if tied:
+            unique_ids, d_rows, d_bias = _sum_by_id(both, gradients)
+            item_grads = RowGrads(
+                place.give(unique_ids), back(d_rows, embeddings), back(d_bias, bias)
+            )
+        else:
+            positive_grads = Candidates(
+                embeddings=back(gradients.positives + gradients.negatives, embeddings),
+                bias=back(gradients.positive_bias + gradients.negative_bias, bias),
+            )
+        return Contrastive(
+            loss=place.give(prepared.loss(result)),
+            grads=ContrastiveGrads(
+                queries=back(gradients.queries, given["queries"]),
+                items=item_grads,
+                positives=positive_grads,
+                temperature=place.give(gradients.temperature),
+            ),
+            metrics=metrics,
+            negative_ids=place.give(draw.negatives.ids) if self.store_negative_ids else None,
+        )
+
+    def scores(self, queries: Array, items: Array | Candidates) -> Array:
+        """(u·v + b)/τ against the full catalog, (B, N): see `zipfneg.scores`."""
+        return retrieval.scores(queries, items, temperature=self.temperature)
+
+    def top_k(
+        self, queries: Array, items: Array | Candidates, k: int, *, exclude: Csr | None = None
+    ) -> retrieval.TopK:
+        """The k best items of each query: see `zipfneg.top_k`.
+
+        Ids that the sampler reserves (below its law's first_id) are left out.
+        """
+        law = getattr(self.sampler, "law", None)
+        return retrieval.top_k(
+            queries,
+            items,
+            k,
+            temperature=self.temperature,
+            first_id=getattr(law, "first_id", 0),
+            exclude=exclude,
+        )
+
+
+def _sum_by_id(ids: NDArray, gradients: softmax.Gradients) -> tuple[NDArray, NDArray, NDArray]:
+    """The positives' and the negatives' gradients, ids (B + S,), summed over equal ids."""
+    unique_ids, row = np.unique(ids, return_inverse=True)
+    d_positives, d_negatives = gradients.positives, gradients.negatives
+    d_rows = np.zeros((len(unique_ids), d_negatives.shape[1]), d_negatives.dtype)
+    row_kernels.add_rows(d_rows, row[: len(d_positives)], d_positives)
+    row_kernels.add_rows(d_rows, row[len(d_positives) :], d_negatives)
+    d_bias = np.concatenate([gradients.positive_bias, gradients.negative_bias])
+    return unique_ids, d_rows, np.bincount(row, d_bias, len(unique_ids))

@@ -1,0 +1,169 @@
+"""Draws from the popularity laws."""
+
+import numpy as np
+from numba import njit
+
+from ..scalar import (
+    LANES,
+    alias_rank,
+    log_uniform_rank,
+    philox_advance_key,
+    philox_five_rounds,
+    u32,
+    u64,
+    uniform_53,
+    uniform_rank,
+)
+
+# Counters in a tile: its words stay in the first-level cache between the passes below.
+COUNTERS = 512
+# Draws in a tile.
+TILE = 2 * COUNTERS
+
+
+@njit(nogil=True, cache=True)
+def _fill_words(words, first_counter, k0, k1, step, stream):
+    """words (4, COUNTERS): the Philox words of consecutive counters.
+
+    Ten rounds in one loop are left scalar by the compiler; two passes of five are not.
+    """
+    for t in range(COUNTERS):
+        counter = u64(first_counter) + u64(t)
+        words[0, t] = u32(counter & u64(0xFFFFFFFF))
+        words[1, t] = u32(counter >> u64(32))
+        words[2, t] = step
+        words[3, t] = stream
+    for _ in range(2):
+        for t in range(COUNTERS):
+            w0, w1, w2, w3 = philox_five_rounds(
+                words[0, t], words[1, t], words[2, t], words[3, t], k0, k1
+            )
+            words[0, t] = w0
+            words[1, t] = w1
+            words[2, t] = w2
+            words[3, t] = w3
+        k0, k1 = philox_advance_key(k0, k1)
+
+
+@njit(nogil=True, cache=True)
+def _fill_uniforms(u, words, tile, k0, k1, step, stream):
+    """u (TILE,): the uniforms of one tile, in the order of their index.
+
+    Counter c belongs to group c // LANES. A group gives 2·LANES draws: those of the first two
+    words of each counter, then those of the last two.
+    """
+    _fill_words(words, tile * COUNTERS, k0, k1, step, stream)
+    for group in range(COUNTERS // LANES):
+        first = group * LANES
+        for half in range(2):
+            for lane in range(LANES):
+                u[2 * first + half * LANES + lane] = uniform_53(
+                    words[2 * half, first + lane], words[2 * half + 1, first + lane]
+                )
+
+
+@njit(nogil=True, cache=True)
+def draw_uniforms(out, start, stop, first_tile, k0, k1, step, stream):
+    """out[start:stop], out[0] being the first draw of tile `first_tile`.
+
+    `start` is a multiple of TILE. So in every kernel of this family.
+    """
+    u = np.empty(TILE)
+    words = np.empty((4, COUNTERS), np.uint32)
+    for first in range(start, stop, TILE):
+        _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
+        tile = out[first : min(first + TILE, stop)]
+        for i in range(tile.size):
+            tile[i] = u[i]
+
+
+@njit(nogil=True, cache=True)
+def draw_log_uniform(
+    out, start, stop, first_tile, k0, k1, step, stream, first_id, log2_total, num_items
+):
+    u = np.empty(TILE)
+    words = np.empty((4, COUNTERS), np.uint32)
+    for first in range(start, stop, TILE):
+        _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
+        tile = out[first : min(first + TILE, stop)]
+        for i in range(tile.size):
+            tile[i] = first_id + log_uniform_rank(u[i], log2_total, num_items)
+
+
+@njit(nogil=True, cache=True)
+def draw_uniform(out, start, stop, first_tile, k0, k1, step, stream, first_id, num_items):
+    u = np.empty(TILE)
+    words = np.empty((4, COUNTERS), np.uint32)
+    for first in range(start, stop, TILE):
+        _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
+        tile = out[first : min(first + TILE, stop)]
+        for i in range(tile.size):
+            tile[i] = first_id + uniform_rank(u[i], num_items)
+
+
+@njit(nogil=True, cache=True)
+def draw_alias(
+    out, start, stop, first_tile, k0, k1, step, stream, first_id, num_items, threshold, alias
+):
+    u = np.empty(TILE)
+    words = np.empty((4, COUNTERS), np.uint32)
+    for first in range(start, stop, TILE):
+        _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
+        tile = out[first : min(first + TILE, stop)]
+        for i in range(tile.size):
+            tile[i] = first_id + alias_rank(u[i], num_items, threshold, alias)
+
+
+@njit(nogil=True, cache=True)
+def build_alias(weights, threshold, alias):
+    """Vose's alias table of `weights`, which sum to their number."""
+    num_items = weights.size
+    small = np.empty(num_items, alias.dtype)
+    large = np.empty(num_items, alias.dtype)
+    num_small = num_large = 0
+    for k in range(num_items):
+        threshold[k] = weights[k]
+        alias[k] = k
+        if weights[k] < 1.0:
+            small[num_small] = k
+            num_small += 1
+        else:
+            large[num_large] = k
+            num_large += 1
+    while num_small and num_large:
+        num_small -= 1
+        s = small[num_small]
+        g = large[num_large - 1]
+        alias[s] = g
+        threshold[g] = (threshold[g] + threshold[s]) - 1.0
+        if threshold[g] < 1.0:
+            num_large -= 1
+            small[num_small] = g
+            num_small += 1
+    # What is left differs from 1 by rounding alone.
+    for i in range(num_large):
+        threshold[large[i]] = 1.0
+    for i in range(num_small):
+        threshold[small[i]] = 1.0
+
+
+@njit(nogil=True, cache=True)
+def keep_first_occurrences(draws, kept, num_kept, table):
+    """Append the ids of `draws` not seen before to `kept`, until it is full.
+
+    `table` is an open-addressing hash set of the kept ids, a power of two in size, −1 where free.
+    Returns the number kept and the number of draws looked at.
+    """
+    slots = u64(table.size - 1)
+    for i in range(draws.size):
+        if num_kept == kept.size:
+            return num_kept, i
+        # Fibonacci hashing spreads neighbouring ids, which are the likely ones.
+        slot = (u64(draws[i]) * u64(0x9E3779B97F4A7C15)) >> u64(20)
+        while table[slot & slots] >= 0 and table[slot & slots] != draws[i]:
+            slot += u64(1)
+        if table[slot & slots] < 0:
+            table[slot & slots] = draws[i]
+            kept[num_kept] = draws[i]
+            num_kept += 1
+    return num_kept, draws.size

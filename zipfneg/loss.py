@@ -1,0 +1,379 @@
+"""Sampled softmax: value, forward and backward, with gradients derived by hand.
+
+The derivation stands in ``docs/loss.md``; the equations, one by one, in `zipfneg.reference`.
+"""
+
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import numpy as np
+
+from . import checks
+from .candidates import Candidates, as_candidates, as_temperature
+from .checks import NDArray
+from .cpu import softmax
+from .interop import Array, Home, as_array, borrow
+from .masking import Csr, FalseNegatives
+
+CORRECTIONS = ("both", "negatives", "none")
+LOSSES = (
+    "softmax", "bpr", "bpr-max", "top1", "top1-max", "logistic", "hinge", "bce", "gbce",
+)  # fmt: skip
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that the functions of this module share; see `sampled_softmax_loss`."""
+
+    temperature: float | Array
+    known_positives: Csr | None
+    mask: Array | None
+    sample_weight: Array | None
+    correction: str
+    loss: str
+    reduction: str
+    validate: bool
+
+
+class Grads(NamedTuple):
+    """Gradients of the loss, shaped, typed and placed like the inputs; None for what was not given.
+
+    `positives` and `negatives` are `Candidates` with `embeddings` and `bias`.
+    """
+
+    queries: Array
+    positives: Candidates
+    negatives: Candidates
+    temperature: Array
+
+
+class Prepared(NamedTuple):
+    """A checked call: what to compute, and how its results go back."""
+
+    problem: softmax.Problem
+    weight: NDArray  # (B,) dloss/dL_i
+    reduction: str
+    place: Home
+    dtypes: dict[str, np.dtype[Any]]  # of the given arrays, by their name
+
+    def loss(self, result: softmax.Pass) -> Array:
+        loss = np.logaddexp(0, result.excess) * self.weight  # (B,) softplus(D)
+        return self.place.give(loss if self.reduction == "none" else loss.sum())
+
+    def grads(self, gradients: softmax.Gradients) -> Grads:
+        def given(name: str, gradient: NDArray) -> Array:
+            if name not in self.dtypes:
+                return None
+            return self.place.give(gradient.astype(self.dtypes[name], copy=False))
+
+        return Grads(
+            queries=given("queries", gradients.queries),
+            positives=Candidates(
+                embeddings=given("positives.embeddings", gradients.positives),
+                bias=given("positives.bias", gradients.positive_bias),
+            ),
+            negatives=Candidates(
+                embeddings=given("negatives.embeddings", gradients.negatives),
+                bias=given("negatives.bias", gradients.negative_bias),
+            ),
+            temperature=self.place.give(gradients.temperature),
+        )
+
+
+class Saved(NamedTuple):
+    """What `sampled_softmax_backward` needs of the forward: the inputs and their lse (B,)."""
+
+    prepared: Prepared
+    lse: NDArray
+
+
+def sampled_softmax_loss(
+    queries: Array,
+    positives: Candidates | Array,
+    negatives: Candidates | Array,
+    *,
+    temperature: float | Array = 1.0,
+    known_positives: Csr | None = None,
+    mask: Array | None = None,
+    sample_weight: Array | None = None,
+    correction: str = "both",
+    loss: str = "softmax",
+    reduction: str = "mean",
+    validate: bool = False,
+) -> Array:
+    """Softmax cross-entropy of each query's positive among the negatives, corrected by log q.
+
+    ::
+
+        a_0 = (u·v_0 + b_0)/τ    z_0 = a_0 − c          c = log q_0 for "both", else 0
+        a_j = (u·v_j + b_j)/τ    z_j = a_j − log q_j    (z_j = a_j for "none")
+        L   = log(e^(z_0) + Σ_j e^(z_j)) − z_0
+
+    Same value as cross-entropy over the (B, 1 + S) logits, which are never formed whole.
+
+    Parameters
+    ----------
+    queries : (B, D) of float16, bfloat16, float32 or float64.
+    positives : `Candidates` of one item a query: embeddings (B, D), ids, log_q and bias (B,) where
+        known. A plain array means embeddings alone.
+    negatives : `Candidates` shared by the batch, embeddings (S, D) and the rest (S,), or each
+        query's own, (B, S, D) and (B, S).
+    temperature : τ > 0. Divides the scores before log q is subtracted.
+    known_positives : ids of other true items of each query, dropped from its negatives: a pair
+        (indptr (B + 1,), ids) or a SciPy CSR matrix. Needs negatives.ids.
+    mask : bool (S,) or (B, S); True drops a negative.
+    sample_weight : (B,), multiplies each example's loss.
+    correction : "both" subtracts log q from the positive and the negatives, "negatives" from the
+        negatives alone, "none" from neither. Without any log_q nothing is subtracted.
+    loss : "softmax".
+    reduction : "mean" (the sum over B, whatever the weights), "sum" or "none".
+    validate : also look for NaN and infinity in queries, embeddings and biases.
+
+    Returns
+    -------
+    Scalar, or (B,) for "none", of the inputs' framework and device: float64 if any embedding is,
+    else float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came: shapes, dtypes, mixed frameworks or
+        devices, temperature ≤ 0, log_q on one side only, log_q that is not finite.
+
+    Notes
+    -----
+    Where both sides have ids, negatives equal to the row's positive are dropped. A row whose
+    negatives are all dropped has loss 0 and zero gradients; so has a batch without rows.
+    Arithmetic is float32, or float64 where an embedding is float64. Beyond the inputs' and
+    results' size a few megabytes of workspace are used. NaN and infinity pass through.
+
+    References
+    ----------
+    Bengio & Senécal 2008, Adaptive importance sampling to accelerate training of a neural
+    probabilistic language model, eq. 9; Yi et al. 2019, Sampling-bias-corrected neural modeling
+    for large corpus item recommendations, eq. 5.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from zipfneg import Candidates, sampled_softmax_loss
+    >>> u, p, v = np.eye(3), np.eye(3), np.ones((4, 3))
+    >>> negatives = Candidates(ids=np.array([5, 1, 7, 9]), embeddings=v)
+    >>> sampled_softmax_loss(u, Candidates(np.arange(3), p), negatives, reduction="none").round(4)
+    array([1.6094, 1.3863, 1.6094])
+    """
+    value, _ = sampled_softmax_forward(
+        queries,
+        positives,
+        negatives,
+        temperature=temperature,
+        known_positives=known_positives,
+        mask=mask,
+        sample_weight=sample_weight,
+        correction=correction,
+        loss=loss,
+        reduction=reduction,
+        validate=validate,
+    )
+    return value
+
+
+def sampled_softmax_value_and_grad(
+    queries: Array,
+    positives: Candidates | Array,
+    negatives: Candidates | Array,
+    **options: Unpack[Options],
+) -> tuple[Array, Grads]:
+    """The loss and all its gradients, from one pass over the logits.
+
+    Arguments as for `sampled_softmax_loss`. With reduction "none" the gradients are those of the
+    sum. The gradients, with g_0 = −σ(D), g_j = σ(D)·softmax_j(z), D = logsumexp_j z_j − z_0::
+
+        dU_i = (g_i0·P_i + Σ_j g_ij·V_j)/τ    dP_i = g_i0·U_i/τ    dV_j = Σ_i g_ij·U_i/τ
+        db_i0 = g_i0/τ    db_j = Σ_i g_ij/τ    dτ = −(1/τ)·Σ g·a
+
+    Returns
+    -------
+    loss : as `sampled_softmax_loss`.
+    grads : `Grads`, each in its input's dtype and place.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> u, p, v = np.eye(3), np.eye(3), np.ones((4, 3))
+    >>> loss, grads = sampled_softmax_value_and_grad(u, p, v, temperature=0.5)
+    >>> round(float(loss), 4), grads.negatives.embeddings.shape, grads.negatives.bias
+    (1.6094, (4, 3), None)
+    """
+    prepared = prepare(queries, positives, negatives, **options)
+    result, gradients = softmax.value_and_gradients(prepared.problem, prepared.weight)
+    return prepared.loss(result), prepared.grads(gradients)
+
+
+def sampled_softmax_forward(
+    queries: Array,
+    positives: Candidates | Array,
+    negatives: Candidates | Array,
+    **options: Unpack[Options],
+) -> tuple[Array, Saved]:
+    """The loss, and what the backward pass needs: for the hooks of custom gradients.
+
+    Arguments as for `sampled_softmax_loss`. The saved value refers to the inputs: they must not
+    be changed before the backward pass.
+    """
+    prepared = prepare(queries, positives, negatives, **options)
+    result = softmax.value(prepared.problem)
+    return prepared.loss(result), Saved(prepared, result.lse)
+
+
+def sampled_softmax_backward(d_loss: float | Array, saved: Saved) -> Grads:
+    """Gradients of Σ d_loss·loss, for any upstream gradient.
+
+    Parameters
+    ----------
+    d_loss : a scalar; after reduction "none" also (B,), one for each example.
+    saved : from `sampled_softmax_forward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> u, p, v = np.eye(3), np.eye(3), np.ones((4, 3))
+    >>> loss, saved = sampled_softmax_forward(u, p, v, reduction="none")
+    >>> grads = sampled_softmax_backward(np.array([1.0, 0.0, 2.0]), saved)
+    >>> grads.queries[1].tolist()
+    [0.0, 0.0, 0.0]
+    """
+    upstream = np.asarray(d_loss if isinstance(d_loss, int | float) else as_array(d_loss, "d_loss"))
+    prepared, lse = saved
+    if upstream.ndim:
+        if prepared.reduction != "none":
+            raise ValueError(
+                f'd_loss: expected a scalar after reduction="{prepared.reduction}", got shape '
+                f"{upstream.shape}"
+            )
+        checks.shape("d_loss", upstream, prepared.weight.shape, "(B,)")
+    weight = (prepared.weight * upstream).astype(prepared.weight.dtype)
+    return prepared.grads(softmax.value_and_gradients(prepared.problem, weight, lse=lse)[1])
+
+
+def prepare(
+    queries: Array,
+    positives: Candidates | Array,
+    negatives: Candidates | Array,
+    *,
+    temperature: float | Array = 1.0,
+    known_positives: Csr | None = None,
+    mask: Array | None = None,
+    sample_weight: Array | None = None,
+    correction: str = "both",
+    loss: str = "softmax",
+    reduction: str = "mean",
+    validate: bool = False,
+) -> Prepared:
+    """All checks of this module, once."""
+    checks.one_of("correction", correction, CORRECTIONS)
+    checks.one_of("loss", loss, LOSSES)
+    if loss != "softmax":
+        raise NotImplementedError(f'loss: {loss!r} is planned; this version has "softmax" alone')
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    positives = as_candidates("positives", positives)
+    negatives = as_candidates("negatives", negatives)
+    place, given = borrow(
+        {
+            "queries": queries,
+            **{f"positives.{field}": x for field, x in positives._asdict().items()},
+            **{f"negatives.{field}": x for field, x in negatives._asdict().items()},
+            "mask": mask,
+            "sample_weight": sample_weight,
+        }
+    )
+    for name in ("queries", "positives.embeddings", "negatives.embeddings"):
+        if given[name] is None:
+            raise ValueError(f"{name}: expected an array, got None")
+        checks.floating(name, given[name])
+    u, p, v = given["queries"], given["positives.embeddings"], given["negatives.embeddings"]
+    if u.ndim != 2:
+        raise ValueError(f"queries: expected shape (B, D), got {u.shape}")
+    num_queries, dim = u.shape
+    checks.shape("positives.embeddings", p, (num_queries, dim), "(B, D) as queries")
+    if v.ndim not in (2, 3):
+        raise ValueError(
+            f"negatives.embeddings: expected shape (S, D), shared by the batch, or (B, S, D), got "
+            f"{v.shape}"
+        )
+    num_sampled = v.shape[-2]
+    columns = (num_sampled,) if v.ndim == 2 else (num_queries, num_sampled)
+    letters = "(S,)" if v.ndim == 2 else "(B, S)"
+    checks.shape(
+        "negatives.embeddings", v, (*columns, dim), letters[:-1].rstrip(",") + ", D) as queries"
+    )
+    for side, shape, text in (
+        ("positives", (num_queries,), "(B,)"),
+        ("negatives", columns, letters),
+    ):
+        for field in ("ids", "log_q", "bias"):
+            x = given[f"{side}.{field}"]
+            if x is not None:
+                checks.shape(f"{side}.{field}", x, shape, f"{text} as {side}.embeddings")
+                (checks.integral if field == "ids" else checks.floating)(f"{side}.{field}", x)
+    dtype = np.dtype(np.float64 if np.float64 in (u.dtype, p.dtype, v.dtype) else np.float32)
+
+    def converted(name: str) -> NDArray | None:
+        x = given[name]
+        return None if x is None else np.ascontiguousarray(x, dtype)
+
+    drop = given["mask"]
+    if drop is not None:
+        if drop.dtype != np.bool_:
+            raise TypeError(f"mask: expected bool, True to drop a negative, got {drop.dtype}")
+        if drop.shape != (num_sampled,):
+            checks.shape("mask", drop, (num_queries, num_sampled), "(B, S), or (S,),")
+    log_q = _log_q(given, correction)
+    false_negatives = FalseNegatives.find(
+        given["negatives.ids"], given["positives.ids"], known_positives, drop, num_queries
+    )
+    if validate:
+        for name, x in given.items():
+            if x is not None and name.endswith(("queries", "embeddings", "bias", "sample_weight")):
+                checks.finite(name, x)
+    problem = softmax.Problem(
+        queries=np.ascontiguousarray(u, dtype),
+        positives=np.ascontiguousarray(p, dtype),
+        # Per-query negatives are large: converted block by block.
+        negatives=np.ascontiguousarray(v, dtype) if v.ndim == 2 else v,
+        positive_bias=converted("positives.bias"),
+        negative_bias=converted("negatives.bias"),
+        positive_log_q=converted("positives.log_q") if log_q == "both" else None,
+        negative_log_q=converted("negatives.log_q") if log_q != "none" else None,
+        drop=false_negatives.drop,
+        temperature=as_temperature(temperature),
+    )
+    weight = np.ones(num_queries, dtype)
+    if given["sample_weight"] is not None:
+        checks.shape("sample_weight", given["sample_weight"], (num_queries,), "(B,)")
+        weight = given["sample_weight"].astype(dtype)
+    if reduction == "mean":
+        weight /= max(1, num_queries)
+    dtypes = {name: x.dtype for name, x in given.items() if x is not None}
+    return Prepared(problem, weight, reduction, place, dtypes)
+
+
+def _log_q(given: dict[str, NDArray | None], correction: str) -> str:
+    """Which correction applies: "none" where no log q is given at all."""
+    positive, negative = given["positives.log_q"], given["negatives.log_q"]
+    if correction == "none" or (positive is None and negative is None):
+        return "none"
+    if negative is None:
+        raise ValueError(
+            "negatives.log_q: expected log q, since positives.log_q is given, got None; pass it, "
+            'or correction="none"'
+        )
+    if correction == "both" and positive is None:
+        raise ValueError(
+            "positives.log_q: expected log q, since negatives.log_q is given, got None; pass it, "
+            'or correction="negatives" to leave the positive uncorrected'
+        )
+    hint = ": an id outside the law it was drawn from?"
+    checks.finite("negatives.log_q", negative, hint)
+    if correction == "both" and positive is not None:
+        checks.finite("positives.log_q", positive, hint)
+    return correction

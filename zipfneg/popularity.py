@@ -1,0 +1,394 @@
+"""Popularity laws: P(id), its inverse, and draws from it.
+
+Ids are frequency ranks: ``id = first_id + rank``, rank 0 the most popular.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from . import checks
+from .checks import NDArray
+from .cpu import sampling as kernels
+from .cpu.threads import for_spans
+from .interop import NUMPY, Array, as_array, borrow
+from .scalar import u32
+
+# Beyond this, neighbouring ids are no longer told apart by a 53-bit uniform.
+MAX_ITEMS = 2**40
+# Fewer draws than this are not worth a second thread.
+THREAD_GRAIN = 16 * kernels.TILE
+
+
+class Law:
+    """What all laws share; a subclass gives the law itself as functions of the rank."""
+
+    num_items: int
+    first_id: int
+
+    # A subclass gives these three for float64 ranks or probabilities, and the kernel's arguments.
+
+    def _log_prob(self, ranks: NDArray) -> NDArray:
+        raise NotImplementedError
+
+    def _cdf(self, ranks: NDArray) -> NDArray:
+        raise NotImplementedError
+
+    def _rank(self, u: NDArray) -> NDArray:
+        raise NotImplementedError
+
+    def _kernel(self) -> tuple[Any, tuple[Any, ...]]:
+        raise NotImplementedError
+
+    def spectrum(self) -> tuple[NDArray, NDArray]:
+        """Probabilities p and weights w with Σ_ids f(P(id)) = Σ w·f(p) for every smooth f.
+
+        For a closed form this takes a few thousand terms, whatever the number of items.
+        """
+        raise NotImplementedError
+
+    def log_prob(self, ids: Array) -> Array:
+        """log P(id) in nats, computed in float64; −inf for ids outside the law.
+
+        Parameters
+        ----------
+        ids : integer array of any shape and framework, or a number or sequence.
+
+        Returns
+        -------
+        float64 array of the same shape and framework (float32 in JAX without x64).
+        """
+        place, ranks = self._ranks(ids)
+        inside = (ranks >= 0) & (ranks < self.num_items)
+        log_p = self._log_prob(np.where(inside, ranks, 0).astype(np.float64))
+        return place.give(np.where(inside, log_p, -np.inf))
+
+    def cdf(self, ids: Array) -> Array:
+        """P(drawn id ≤ id), in float64: 0 below the law's range, 1 above it.
+
+        Shapes and frameworks as for `log_prob`.
+        """
+        place, ranks = self._ranks(ids)
+        inside = np.clip(ranks, 0, self.num_items - 1).astype(np.float64)
+        return place.give(np.where(ranks < 0, 0.0, self._cdf(inside)))
+
+    def ppf(self, u: Array) -> Array:
+        """The smallest id whose `cdf` is at least `u`: the inverse distribution.
+
+        Parameters
+        ----------
+        u : array of probabilities in [0, 1], of any shape and framework, or a number or sequence.
+
+        Returns
+        -------
+        int64 array of ids (int32 in JAX without x64).
+        """
+        place, view = view_of("u", u)
+        u = view.astype(np.float64)
+        if not ((u >= 0) & (u <= 1)).all():
+            raise ValueError("u: expected probabilities from 0 to 1, got values outside")
+        ranks = self._rank(u)
+        # The closed forms round; cdf decides.
+        ranks = np.where((ranks > 0) & (self._cdf(np.maximum(ranks - 1, 0)) >= u), ranks - 1, ranks)
+        ranks = np.where(
+            (ranks < self.num_items - 1) & (self._cdf(ranks.astype(np.float64)) < u),
+            ranks + 1,
+            ranks,
+        )
+        return place.give(self.first_id + ranks.astype(np.int64))
+
+    def draw(
+        self,
+        shape: int | tuple[int, ...],
+        *,
+        seed: int,
+        step: int = 0,
+        stream: int = 0,
+        device: str = "cpu",
+        out: Array | None = None,
+    ) -> Array:
+        """Draw ids independently, with replacement.
+
+        A pure function of its arguments: draw i of (seed, step, stream) is the same whatever the
+        shape, the number of threads or the device. Different (seed, step, stream) use disjoint
+        counters of Philox4x32-10.
+
+        Parameters
+        ----------
+        shape : number of draws, or the shape to fill in C order.
+        seed : 0 to 2**64 − 1.
+        step, stream : 0 to 2**32 − 1 each: the training step, and for instance the worker's rank.
+        device : "cpu".
+        out : C-contiguous int32 or int64 array of that shape to fill and return, of any framework
+            that lends its memory for writing (NumPy, PyTorch).
+
+        Returns
+        -------
+        int64 NumPy array of ids, or `out`.
+
+        Examples
+        --------
+        >>> law = LogUniform(1_000_000, first_id=1)
+        >>> law.draw(5, seed=7).tolist()
+        [...]
+        >>> bool((law.draw(5, seed=7) == law.draw(1000, seed=7)[:5]).all())
+        True
+        """
+        sizes = (shape,) if np.ndim(shape) == 0 else tuple(shape)  # type: ignore[arg-type]
+        sizes = tuple(checks.integer("shape", size, 0, 2**62) for size in sizes)
+        words = stream_words(seed, step, stream)
+        checks.one_of("device", device, ("cpu",))
+        if out is None:
+            target = out = np.empty(sizes, np.int64)
+        else:
+            target = as_array(out, "out")
+            checks.shape("out", target, sizes, "shape")
+            if target.dtype not in (np.int32, np.int64):
+                raise TypeError(f"out: expected int32 or int64, got {target.dtype}")
+            if self.first_id + self.num_items - 1 > np.iinfo(target.dtype).max:
+                raise ValueError(f"out: {target.dtype} does not hold this law's ids; use int64")
+            if not (target.flags.c_contiguous and target.flags.writeable):
+                raise ValueError("out: expected writable, C-contiguous memory")
+        self._fill(target.reshape(-1), words)
+        return out
+
+    def _fill(self, out: NDArray, words: tuple[Any, ...], first_tile: int = 0) -> None:
+        """The draws from tile `first_tile` on into the flat `out`."""
+        kernel, parameters = self._kernel()
+        for_spans(
+            lambda start, stop: kernel(
+                out, start, stop, first_tile, *words, self.first_id, *parameters
+            ),
+            out.size,
+            THREAD_GRAIN,
+        )
+
+    def _ranks(self, ids: Array) -> tuple[Any, NDArray]:
+        place, view = view_of("ids", ids)
+        checks.integral("ids", view)
+        # uint64 minus a signed number would be a float.
+        return place, view.astype(np.int64, copy=False) - self.first_id
+
+    def _check_range(self) -> None:
+        object.__setattr__(
+            self, "num_items", checks.integer("num_items", self.num_items, 1, MAX_ITEMS)
+        )
+        object.__setattr__(self, "first_id", checks.integer("first_id", self.first_id, 0, 2**62))
+
+
+def view_of(name: str, x: Any) -> tuple[Any, NDArray]:
+    """Numbers and sequences are welcome where nothing is timed."""
+    if isinstance(x, int | float | list | tuple | range):
+        return NUMPY, np.asarray(x)
+    place, views = borrow({name: x})
+    return place, views[name]
+
+
+def stream_words(seed: int, step: int, stream: int) -> tuple[Any, ...]:
+    """The key and the upper half of the counter, as the kernels take them."""
+    seed = checks.integer("seed", seed, 0, 2**64 - 1)
+    step = checks.integer("step", step, 0, 2**32 - 1)
+    stream = checks.integer("stream", stream, 0, 2**32 - 1)
+    return u32(seed & 0xFFFFFFFF), u32(seed >> 32), u32(step), u32(stream)
+
+
+def uniforms(size: int, words: tuple[Any, ...]) -> NDArray:
+    """The uniforms in (0, 1) behind `Law.draw`: draw i is made of uniform i."""
+    out = np.empty(size)
+    for_spans(
+        lambda start, stop: kernels.draw_uniforms(out, start, stop, 0, *words), size, THREAD_GRAIN
+    )
+    return out
+
+
+def _smooth_spectrum(prob: Any, num_items: int) -> tuple[NDArray, NDArray]:
+    """`Law.spectrum` of a probability that is smooth in the logarithm of the rank.
+
+    The head is taken term by term. The tail, ranks a to b, is the integral from a − 1/2 to b + 1/2
+    by Gauss-Legendre in log rank, less the first correction of the midpoint rule,
+    (g'(b + 1/2) − g'(a − 1/2))/24, its derivatives as differences.
+    """
+    head = num_items if num_items <= 4097 else 4096
+    ranks = np.arange(head, dtype=np.float64)
+    weights = np.ones(head)
+    if num_items > head:
+        low, high = np.log(head - 0.5), np.log(num_items - 0.5)
+        edges = np.linspace(low, high, 2 + int((high - low) / 0.4))
+        nodes, node_weights = np.polynomial.legendre.leggauss(8)
+        half = np.diff(edges)[:, None] / 2
+        x = np.exp(edges[:-1, None] + half * (1 + nodes)).ravel()  # (panels · 8,)
+        ends = np.array([head - 1, head, num_items - 1, num_items], np.float64)
+        ranks = np.concatenate([ranks, x, ends])
+        weights = np.concatenate(
+            [weights, (half * node_weights).ravel() * x, np.array([-1, 1, 1, -1]) / 24]
+        )
+    return prob(ranks), weights
+
+
+@dataclass(frozen=True)
+class LogUniform(Law):
+    """The log-uniform (Zipfian) law of TensorFlow's candidate samplers, exactly.
+
+    P(k) = log1p(1/(k + 1)) / log1p(N), with k = id − first_id.
+
+    Parameters
+    ----------
+    num_items : N, the number of ids: first_id to first_id + N − 1, all of them drawn.
+    first_id : ids below it are reserved (padding, unknown) and never drawn.
+
+    Notes
+    -----
+    Nothing of size N is ever built. Draws are floor((N + 1)**u) − 1 with a 53-bit u.
+
+    Examples
+    --------
+    >>> law = LogUniform(1000)
+    >>> round(float(law.log_prob(0)), 6)
+    -2.299302
+    >>> int(law.ppf(0.5)), float(law.cdf(999))
+    (30, 1.0)
+    """
+
+    num_items: int
+    first_id: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._check_range()
+
+    def _log_prob(self, ranks: NDArray) -> NDArray:
+        return np.log(np.log1p(1 / (ranks + 1)) / np.log1p(self.num_items))
+
+    def _cdf(self, ranks: NDArray) -> NDArray:
+        return np.log1p(ranks + 1) / np.log1p(self.num_items)
+
+    def _rank(self, u: NDArray) -> NDArray:
+        ranks = np.floor(np.exp(u * np.log1p(self.num_items))) - 1
+        return np.clip(ranks, 0, self.num_items - 1)
+
+    def _kernel(self) -> tuple[Any, tuple[Any, ...]]:
+        return kernels.draw_log_uniform, (float(np.log2(self.num_items + 1.0)), self.num_items)
+
+    def spectrum(self) -> tuple[NDArray, NDArray]:
+        return _smooth_spectrum(lambda ranks: np.exp(self._log_prob(ranks)), self.num_items)
+
+
+@dataclass(frozen=True)
+class Uniform(Law):
+    """Every one of N ids equally likely.
+
+    Parameters
+    ----------
+    num_items : N, the number of ids.
+    first_id : ids below it are never drawn.
+
+    Examples
+    --------
+    >>> float(Uniform(4).cdf(1))
+    0.5
+    """
+
+    num_items: int
+    first_id: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._check_range()
+
+    def _log_prob(self, ranks: NDArray) -> NDArray:
+        return np.full(ranks.shape, -np.log(self.num_items))
+
+    def _cdf(self, ranks: NDArray) -> NDArray:
+        return (ranks + 1) / self.num_items
+
+    def _rank(self, u: NDArray) -> NDArray:
+        return np.clip(np.ceil(u * self.num_items) - 1, 0, self.num_items - 1)
+
+    def _kernel(self) -> tuple[Any, tuple[Any, ...]]:
+        return kernels.draw_uniform, (self.num_items,)
+
+    def spectrum(self) -> tuple[NDArray, NDArray]:
+        return np.array([1 / self.num_items]), np.array([float(self.num_items)])
+
+
+@dataclass(frozen=True, eq=False)
+class Empirical(Law):
+    """Any popularity: P(k) ∝ counts[k]**power, with k = id − first_id.
+
+    Parameters
+    ----------
+    counts : (N,) non-negative, finite, not all zero: how often each id was seen, or any weight.
+        They need not be sorted. An id with count 0 is never drawn and has log_prob −inf.
+    power : 1 keeps the counts' proportions, 0.75 is word2vec's flattening, 0 makes all ids with a
+        positive count equally likely.
+    first_id : the id of counts[0].
+
+    Notes
+    -----
+    Draws use Walker's alias table (16 bytes an item): one uniform, one look-up. The order of the
+    alias table is not the order of ids, so a draw is not `ppf` of its uniform here.
+
+    Examples
+    --------
+    >>> law = Empirical([6, 3, 1])
+    >>> law.cdf([0, 1, 2]).round(6).tolist()
+    [0.6, 0.9, 1.0]
+    """
+
+    counts: Any
+    power: float = field(default=1.0, kw_only=True)
+    first_id: int = field(default=0, kw_only=True)
+    num_items: int = field(init=False)
+    _prob: NDArray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _, counts = view_of("counts", self.counts)
+        if counts.ndim != 1 or counts.dtype.kind not in "iuf" or not counts.size:
+            raise ValueError(
+                f"counts: expected a one-dimensional array of at least one number, got "
+                f"{counts.dtype} of shape {counts.shape}"
+            )
+        counts = counts.astype(np.float64)
+        bad = ~((counts >= 0) & np.isfinite(counts))
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise ValueError(f"counts: expected numbers ≥ 0, got {counts[at]} at {at}")
+        if not counts.any():
+            raise ValueError("counts: expected at least one above zero, got none")
+        if not np.isfinite(self.power) or self.power < 0:
+            raise ValueError(f"power: expected a number ≥ 0, got {self.power}")
+        seen = counts > 0
+        # Relative to the largest: the powers of large counts must not overflow.
+        weights = np.where(seen, (counts / counts.max()) ** self.power, 0.0)
+        object.__setattr__(self, "num_items", counts.size)
+        object.__setattr__(self, "_prob", weights / weights.sum())
+        self._check_range()
+
+    @cached_property
+    def _cumulative(self) -> NDArray:
+        total = np.cumsum(self._prob)
+        return total / total[-1]
+
+    @cached_property
+    def _alias_table(self) -> tuple[NDArray, NDArray]:
+        threshold = np.empty(self.num_items)
+        alias = np.empty(self.num_items, np.int32 if self.num_items < 2**31 else np.int64)
+        kernels.build_alias(self._prob * self.num_items, threshold, alias)
+        return threshold, alias
+
+    def _log_prob(self, ranks: NDArray) -> NDArray:
+        with np.errstate(divide="ignore"):
+            return np.log(self._prob[ranks.astype(np.int64)])
+
+    def _cdf(self, ranks: NDArray) -> NDArray:
+        return self._cumulative[ranks.astype(np.int64)]
+
+    def _rank(self, u: NDArray) -> NDArray:
+        return np.minimum(np.searchsorted(self._cumulative, u), self.num_items - 1)
+
+    def _kernel(self) -> tuple[Any, tuple[Any, ...]]:
+        return kernels.draw_alias, (self.num_items, *self._alias_table)
+
+    def spectrum(self) -> tuple[NDArray, NDArray]:
+        prob, multiplicity = np.unique(self._prob, return_counts=True)
+        return prob, multiplicity.astype(np.float64)

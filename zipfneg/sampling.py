@@ -1,0 +1,304 @@
+"""Samplers: which negatives, with which log q."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import checks, logq
+from .candidates import Candidates
+from .checks import NDArray
+from .cpu import sampling as kernels
+from .interop import NUMPY, Array, Home, as_array, borrow
+from .popularity import Empirical, Law, stream_words, uniforms, view_of
+
+
+class Draw(NamedTuple):
+    """A sample of negatives, with log q for both sides.
+
+    `positives` are the given ones with their log q (None if none were given), `negatives` hold
+    ids and log q, and embeddings where the source has them. `num_tries` counts the draws made.
+    """
+
+    positives: Candidates | None
+    negatives: Candidates
+    num_tries: int
+
+
+def _given(
+    positives: Candidates | Array | None, device: str | None
+) -> tuple[Home, Candidates | None, NDArray | None]:
+    """The positives as Candidates, a view of their ids, and where results go."""
+    checks.one_of("device", device, (None, "cpu"))  # type: ignore[arg-type]
+    if positives is None:
+        return NUMPY, None, None
+    if not isinstance(positives, Candidates):
+        positives = Candidates(ids=positives)
+    if positives.ids is None:
+        raise ValueError("positives.ids: expected an array (B,), got None")
+    place, views = borrow({"positives.ids": positives.ids})
+    ids = views["positives.ids"]
+    checks.integral("positives.ids", ids)
+    if ids.ndim != 1:
+        raise ValueError(f"positives.ids: expected shape (B,), got {ids.shape}")
+    return place, positives, ids
+
+
+def _with_log_q(positives: Candidates, ids: NDArray, log_q: NDArray, place: Home) -> Candidates:
+    if (log_q == -np.inf).any():
+        at = int(np.argmax(log_q == -np.inf))
+        raise ValueError(
+            f"positives.ids: expected ids that the sampler can draw, got {ids[at]} at {at}; drop "
+            f"such rows (padding?), or choose a law that covers them"
+        )
+    return positives._replace(log_q=place.give(log_q))
+
+
+@dataclass(frozen=True)
+class PopularitySampler:
+    """Negatives from a popularity law, shared by the batch.
+
+    Parameters
+    ----------
+    law : `LogUniform`, `Uniform`, `Empirical`, or any object with their methods.
+    num_sampled : S, the number of negatives.
+    unique : True draws S distinct ids (draw with replacement, skip what is already there); their
+        log q is the log inclusion probability. False keeps repeats; log q = log(S·p).
+    seed : of all draws, 0 to 2**64 − 1.
+
+    Raises
+    ------
+    ValueError
+        For unique=True where the law has fewer than S ids of positive probability.
+
+    Notes
+    -----
+    Unique sampling never stalls: where rejection would take more than four tries an item, an
+    exponential race over all ids (Efraimidis & Spirakis 2006) gives the same law, and S = N is a
+    random permutation. `num_tries` is then the race's clock, which is its expectation.
+
+    The sampler does not avoid the positives: the loss drops accidental hits by their ids.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from zipfneg import LogUniform, PopularitySampler
+    >>> sampler = PopularitySampler(LogUniform(1_000_000, first_id=1), 8192)
+    >>> draw = sampler.sample(np.array([1, 40_000]), step=3)
+    >>> draw.negatives.ids.shape, len(np.unique(draw.negatives.ids))
+    ((8192,), 8192)
+    >>> draw.positives.log_q.round(2)
+    array([ 0.  , -3.57])
+    """
+
+    law: Law
+    num_sampled: int
+    unique: bool = field(default=True, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        size = checks.integer("num_sampled", self.num_sampled, 0, 2**40)
+        object.__setattr__(self, "num_sampled", size)
+        checks.integer("seed", self.seed, 0, 2**64 - 1)
+        if self.unique:
+            prob, weights = self.law.spectrum()
+            available = round(float(weights[prob > 0].sum()))
+            if size > available:
+                raise ValueError(
+                    f"num_sampled: expected at most {available}, the ids that the law can draw, "
+                    f"for unique=True, got {size}"
+                )
+
+    @cached_property
+    def _time(self) -> float:
+        return logq.sampling_time(*self.law.spectrum(), self.num_sampled)
+
+    def sample(
+        self,
+        positives: Candidates | Array | None = None,
+        *,
+        step: int = 0,
+        device: str | None = None,
+        stream: int = 0,
+    ) -> Draw:
+        """Draw the negatives of one step: a pure function of (seed, step, stream).
+
+        Parameters
+        ----------
+        positives : ids (B,) or `Candidates` with ids, to receive their log q. Their framework is
+            that of the result; NumPy if None.
+        step : training step, 0 to 2**32 − 1.
+        device : None (where the positives are) or "cpu".
+        stream : for instance the worker's rank, 0 to 2**32 − 1.
+
+        Raises
+        ------
+        ValueError
+            For positives that the law cannot draw: they have no log q.
+        """
+        place, positives, positive_ids = _given(positives, device)
+        words = stream_words(self.seed, step, stream)
+        if self.unique:
+            ids, num_tries = self._unique(words)
+        else:
+            ids, num_tries = np.empty(self.num_sampled, np.int64), self.num_sampled
+            self.law._fill(ids, words)
+        negatives = Candidates(ids=place.give(ids), log_q=place.give(self.log_q(ids)))
+        if positives is not None and positive_ids is not None:
+            log_q = self.log_q(positive_ids)
+            positives = _with_log_q(positives, positive_ids, log_q, place)
+        return Draw(positives, negatives, num_tries)
+
+    def log_q(self, ids: Array, *, batch_size: int | None = None) -> Array:
+        """log of the expected number of times each id is among the negatives, in float64.
+
+        For unique sampling the log inclusion probability, else log(S·p); −inf for ids outside
+        the law. `batch_size` is taken for the samplers' common signature, and not used.
+        """
+        place, view = view_of("ids", ids)
+        log_prob = self.law.log_prob(view)
+        if self.unique:
+            return place.give(logq.log_inclusion(log_prob, self._time))
+        return place.give(logq.log_count(log_prob, self.num_sampled))
+
+    def _unique(self, words: tuple[Any, ...]) -> tuple[NDArray, int]:
+        if self._time > 4 * self.law.num_items + 64:
+            return self._race(words)
+        kept = np.empty(self.num_sampled, np.int64)
+        table = np.full(max(16, 1 << (2 * self.num_sampled).bit_length()), -1)
+        # A little more than the expected tries: seldom a second round.
+        tiles = 1 + int(1.05 * self._time + 4 * np.sqrt(self._time)) // kernels.TILE
+        draws = np.empty(tiles * kernels.TILE, np.int64)
+        num_kept = num_tries = first_tile = 0
+        while num_kept < self.num_sampled:
+            self.law._fill(draws, words, first_tile)
+            num_kept, looked_at = kernels.keep_first_occurrences(draws, kept, num_kept, table)
+            num_tries += looked_at
+            first_tile += tiles
+        return kept, num_tries
+
+    def _race(self, words: tuple[Any, ...]) -> tuple[NDArray, int]:
+        """Each id arrives after an exponential time of rate p; the first S are the sample."""
+        ids = np.arange(self.law.first_id, self.law.first_id + self.law.num_items)
+        with np.errstate(divide="ignore"):
+            arrival = np.log(-np.log(uniforms(ids.size, words))) - self.law.log_prob(ids)
+        first = np.argpartition(arrival, self.num_sampled - 1)[: self.num_sampled]
+        first = first[np.argsort(arrival[first], kind="stable")]
+        return ids[first], round(float(np.exp(arrival[first[-1]])))
+
+
+@dataclass(frozen=True)
+class InBatchSampler:
+    """The batch's positives as negatives for one another.
+
+    Parameters
+    ----------
+    popularity : how often each item is a positive: a law, or counts indexed by id. It gives
+        log q = log(B·f), repeats in the batch being slots of their own. None leaves log q
+        unknown: nothing is then subtracted, and popular items are pushed down for being popular.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from zipfneg import Candidates, InBatchSampler
+    >>> positives = Candidates(ids=np.array([0, 2, 0]), embeddings=np.ones((3, 8)))
+    >>> draw = InBatchSampler(np.array([6, 3, 1])).sample(positives)
+    >>> np.exp(draw.negatives.log_q).round(3)
+    array([1.8, 0.3, 1.8])
+    """
+
+    popularity: Any = None
+
+    def __post_init__(self) -> None:
+        if self.popularity is not None and not hasattr(self.popularity, "log_prob"):
+            object.__setattr__(self, "popularity", Empirical(self.popularity))
+
+    def sample(
+        self,
+        positives: Candidates | Array | None = None,
+        *,
+        step: int = 0,
+        device: str | None = None,
+        stream: int = 0,
+    ) -> Draw:
+        """The positives, with their log q, on both sides. `step` and `stream` change nothing."""
+        place, positives, ids = _given(positives, device)
+        if positives is None or ids is None:
+            raise ValueError("positives: expected the batch's items, got None")
+        if self.popularity is not None:
+            log_q = self.log_q(ids, batch_size=len(ids))
+            positives = _with_log_q(positives, ids, log_q, place)
+        return Draw(positives, positives, len(ids))
+
+    def log_q(self, ids: Array, *, batch_size: int | None = None) -> Array:
+        """log(B·f) of each id, in float64; `batch_size` is B."""
+        if self.popularity is None:
+            raise ValueError("InBatchSampler has no popularity, hence no log q: pass popularity=")
+        if batch_size is None:
+            raise ValueError("batch_size: expected the number of items in a batch, got None")
+        place, view = view_of("ids", ids)
+        return place.give(logq.log_count(self.popularity.log_prob(view), batch_size))
+
+
+@dataclass(frozen=True)
+class MixtureSampler:
+    """Negatives from several sources at once, with the log q of the whole.
+
+    Every candidate's log q is the log of the sum of all sources' expected counts of its id,
+    whichever source it came from (Yang et al. 2020, Mixed negative sampling, for in-batch and
+    uniform negatives).
+
+    Parameters
+    ----------
+    samplers : the sources, in the order in which their negatives stand. Source k of M draws from
+        stream M·stream + k, so equal seeds do not make equal draws.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from zipfneg import InBatchSampler, LogUniform, MixtureSampler, PopularitySampler
+    >>> law = LogUniform(1000)
+    >>> sampler = MixtureSampler([InBatchSampler(law), PopularitySampler(law, 64)])
+    >>> sampler.sample(np.array([3, 14, 15])).negatives.ids.shape
+    (67,)
+    """
+
+    samplers: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samplers", tuple(self.samplers))
+        if not self.samplers:
+            raise ValueError("samplers: expected at least one, got none")
+
+    def sample(
+        self,
+        positives: Candidates | Array | None = None,
+        *,
+        step: int = 0,
+        device: str | None = None,
+        stream: int = 0,
+    ) -> Draw:
+        """All sources' negatives, one after the other; arguments as for `PopularitySampler`."""
+        place, positives, positive_ids = _given(positives, device)
+        members = len(self.samplers)
+        draws = [
+            sampler.sample(positives, step=step, device=device, stream=members * stream + k)
+            for k, sampler in enumerate(self.samplers)
+        ]
+        ids = np.concatenate([as_array(d.negatives.ids) for d in draws])
+        batch_size = None if positive_ids is None else len(positive_ids)
+        negatives = Candidates(
+            ids=place.give(ids), log_q=place.give(self.log_q(ids, batch_size=batch_size))
+        )
+        if positives is not None and positive_ids is not None:
+            log_q = self.log_q(positive_ids, batch_size=batch_size)
+            positives = _with_log_q(positives, positive_ids, log_q, place)
+        return Draw(positives, negatives, sum(d.num_tries for d in draws))
+
+    def log_q(self, ids: Array, *, batch_size: int | None = None) -> Array:
+        """log Σ_sources (expected count of each id), in float64."""
+        place, view = view_of("ids", ids)
+        parts = [np.asarray(s.log_q(view, batch_size=batch_size)) for s in self.samplers]
+        return place.give(np.logaddexp.reduce(parts))

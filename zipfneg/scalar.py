@@ -1,0 +1,109 @@
+"""Scalar mathematics shared by the CPU and the CUDA kernels.
+
+Each function takes and returns scalars, compiles under Numba for either target and also runs as
+plain Python. Every literal is cast: Numba promotes ``uint64`` with ``int64`` to ``float64``.
+"""
+
+import numpy as np
+from numba.extending import register_jitable
+
+u32, u64, i64, f64 = np.uint32, np.uint64, np.int64, np.float64
+
+# Draws are dealt out in groups of LANES consecutive counters, so that a CUDA warp computes one
+# counter a lane and still writes whole cache lines.
+LANES = 32
+
+
+@register_jitable
+def philox_five_rounds(c0, c1, c2, c3, k0, k1):
+    """Half of Philox4x32-10 (Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3).
+
+    The second half is the same function on the result, with the key advanced by
+    `philox_advance_key`. Five rounds in one expression are what the compiler still vectorises.
+    """
+    for _ in range(5):
+        p0 = u64(0xD2511F53) * u64(c0)
+        p1 = u64(0xCD9E8D57) * u64(c2)
+        c0, c1, c2, c3 = (
+            u32(p1 >> u64(32)) ^ c1 ^ k0,
+            u32(p1 & u64(0xFFFFFFFF)),
+            u32(p0 >> u64(32)) ^ c3 ^ k1,
+            u32(p0 & u64(0xFFFFFFFF)),
+        )
+        k0 = u32((u64(k0) + u64(0x9E3779B9)) & u64(0xFFFFFFFF))
+        k1 = u32((u64(k1) + u64(0xBB67AE85)) & u64(0xFFFFFFFF))
+    return c0, c1, c2, c3
+
+
+@register_jitable
+def philox_advance_key(k0, k1):
+    """The key of round 5, given that of round 0."""
+    return (
+        u32((u64(k0) + u64(5) * u64(0x9E3779B9)) & u64(0xFFFFFFFF)),
+        u32((u64(k1) + u64(5) * u64(0xBB67AE85)) & u64(0xFFFFFFFF)),
+    )
+
+
+@register_jitable
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10: four 32-bit words of the counter (c0..c3) under the key (k0, k1)."""
+    c0, c1, c2, c3 = philox_five_rounds(c0, c1, c2, c3, k0, k1)
+    k0, k1 = philox_advance_key(k0, k1)
+    return philox_five_rounds(c0, c1, c2, c3, k0, k1)
+
+
+@register_jitable
+def uniform_53(high, low):
+    """The centre of one of 2**52 equal cells of (0, 1): exact, so never 0 and never 1."""
+    return (f64(((u64(high) << u64(32)) | u64(low)) >> u64(12)) + f64(0.5)) * f64(2.0**-52)
+
+
+@register_jitable
+def exp2_nonnegative(x):
+    """2**x for 0 <= x < 62, to about one unit in the last place; vectorises, unlike libm's.
+
+    2**x = 2**n · √2 · e**f with n = floor(x) and |f| <= log(2)/2; e**f by its Taylor series, whose
+    first omitted term is below 5e-18. The integer power is a shift, so that the same operations
+    run on every target.
+    """
+    n = i64(x)
+    f = (x - f64(n) - f64(0.5)) * f64(0.6931471805599453)
+    s = f64(1.0 / 6227020800.0)
+    s = s * f + f64(1.0 / 479001600.0)
+    s = s * f + f64(1.0 / 39916800.0)
+    s = s * f + f64(1.0 / 3628800.0)
+    s = s * f + f64(1.0 / 362880.0)
+    s = s * f + f64(1.0 / 40320.0)
+    s = s * f + f64(1.0 / 5040.0)
+    s = s * f + f64(1.0 / 720.0)
+    s = s * f + f64(1.0 / 120.0)
+    s = s * f + f64(1.0 / 24.0)
+    s = s * f + f64(1.0 / 6.0)
+    s = s * f + f64(0.5)
+    s = s * f + f64(1.0)
+    s = s * f + f64(1.0)
+    return f64(i64(1) << n) * (s * f64(1.4142135623730951))
+
+
+@register_jitable
+def log_uniform_rank(u, log2_total, num_items):
+    """Inverse of the log-uniform law: floor((N + 1)**u) − 1, with log2_total = log2(N + 1)."""
+    rank = i64(exp2_nonnegative(u * log2_total)) - i64(1)
+    # (N + 1)**u can round up to N + 1 when u is the last cell.
+    return max(i64(0), min(rank, num_items - i64(1)))
+
+
+@register_jitable
+def uniform_rank(u, num_items):
+    """Inverse of the uniform law: floor(N·u)."""
+    return min(i64(u * f64(num_items)), num_items - i64(1))
+
+
+@register_jitable
+def alias_rank(u, num_items, threshold, alias):
+    """Walker's alias method: one uniform gives the column and, by its remainder, the side."""
+    x = u * f64(num_items)
+    column = min(i64(x), num_items - i64(1))
+    if x - f64(column) < threshold[column]:
+        return column
+    return i64(alias[column])
