@@ -11,7 +11,7 @@ from .loss import (
     sampled_softmax_value_and_grad,
 )
 from .popularity import Empirical, LogUniform, Uniform
-from .retrieval import Ranks, TopK, full_softmax_loss, rank, scores, top_k
+from .retrieval import Ranks, TopK, full_softmax_loss, log_normalizer, rank, scores, top_k
 from .sampling import Draw, InBatchSampler, MixtureSampler, PopularitySampler
 
 __version__ = "0.1.0.dev0"
@@ -34,6 +34,7 @@ __all__ = [
     "Uniform",
     "as_array",
     "full_softmax_loss",
+    "log_normalizer",
     "rank",
     "sampled_softmax_backward",
     "sampled_softmax_forward",

@@ -152,6 +152,11 @@ class ContrastiveOutput:
         tied = items is not None
         name = "items" if tied else "positives"
         side = as_candidates(name, items if tied else positives)
+        if side.ids is not None or side.log_q is not None:
+            raise ValueError(
+                f"{name}: expected embeddings and bias alone, got ids or log_q too; ids are "
+                f"positive_ids, and log q comes from the samplers"
+            )
         place, given = borrow(
             {
                 "queries": queries,
@@ -175,14 +180,16 @@ class ContrastiveOutput:
 
         if tied:
             draw = self.sampler.sample(Candidates(ids=ids), step=step)
+            ids = ids.astype(np.int64, copy=False)
             both = np.concatenate([ids, draw.negatives.ids])  # (B + S,)
             if len(both) and not (both.min() >= 0 and both.max() < len(embeddings)):
                 raise ValueError(
                     f"items: expected a row for every id drawn or given, 0 to {both.max()}, got "
                     f"{len(embeddings)} rows"
                 )
-            rows, row_bias = embeddings[both], None if bias is None else bias[both]
-            first_negative = len(ids)
+            p, v = embeddings[ids], embeddings[draw.negatives.ids]
+            p_bias = None if bias is None else bias[ids]
+            v_bias = None if bias is None else bias[draw.negatives.ids]
         else:
             checks.shape("positives", embeddings, (len(ids), embeddings.shape[1]), "(B, D)")
             draw = self.sampler.sample(Candidates(ids, embeddings, bias=bias), step=step)
@@ -191,24 +198,14 @@ class ContrastiveOutput:
                     f"samplers: {type(self.sampler).__name__} gives ids without embeddings; pass "
                     f"items=table, or use InBatchSampler with positives="
                 )
-            rows, row_bias = embeddings, bias
-            first_negative = 0  # the positives are the negatives
-
-        def candidates(part: slice, part_ids: NDArray | None, log_q: NDArray | None) -> Candidates:
-            return Candidates(
-                part_ids, rows[part], log_q, None if row_bias is None else row_bias[part]
-            )
+            p, v, p_bias, v_bias = embeddings, draw.negatives.embeddings, bias, draw.negatives.bias
 
         hits = self.mask_accidental_hits
         compare = hits or known_positives is not None
         prepared = prepare(
             given["queries"],
-            candidates(slice(len(ids)), ids if hits else None, draw.positives.log_q),
-            candidates(
-                slice(first_negative, None),
-                draw.negatives.ids if compare else None,
-                draw.negatives.log_q,
-            ),
+            Candidates(ids if hits else None, p, draw.positives.log_q, p_bias),
+            Candidates(draw.negatives.ids if compare else None, v, draw.negatives.log_q, v_bias),
             temperature=self.temperature,
             known_positives=known_positives,
             sample_weight=given["sample_weight"],
@@ -227,15 +224,17 @@ class ContrastiveOutput:
 
         item_grads = positive_grads = None
         if tied:
-            unique_ids, d_rows, d_bias = _sum_by_id(both, gradients)
+            unique_ids, d_rows, row = sum_by_id(both, gradients.positives, gradients.negatives)
+            d_bias = np.concatenate([gradients.positive_bias, gradients.negative_bias])
+            d_bias = np.bincount(row, d_bias, len(unique_ids))
             item_grads = RowGrads(
                 place.give(unique_ids), back(d_rows, embeddings), back(d_bias, bias)
             )
         else:
-            positive_grads = Candidates(
-                embeddings=back(gradients.positives + gradients.negatives, embeddings),
-                bias=back(gradients.positive_bias + gradients.negative_bias, bias),
-            )
+            d_p, d_bias = gradients.positives, gradients.positive_bias
+            if v is embeddings:  # the batch's own items stand on both sides
+                d_p, d_bias = d_p + gradients.negatives, d_bias + gradients.negative_bias
+            positive_grads = Candidates(embeddings=back(d_p, embeddings), bias=back(d_bias, bias))
         return Contrastive(
             loss=place.give(prepared.loss(result)),
             grads=ContrastiveGrads(
@@ -257,25 +256,35 @@ class ContrastiveOutput:
     ) -> retrieval.TopK:
         """The k best items of each query: see `zipfneg.top_k`.
 
-        Ids that the sampler reserves (below its law's first_id) are left out.
+        Ids that the samplers reserve (below every law's first_id) are left out.
         """
-        law = getattr(self.sampler, "law", None)
         return retrieval.top_k(
             queries,
             items,
             k,
             temperature=self.temperature,
-            first_id=getattr(law, "first_id", 0),
+            first_id=_first_id(self.sampler),
             exclude=exclude,
         )
 
 
-def _sum_by_id(ids: NDArray, gradients: softmax.Gradients) -> tuple[NDArray, NDArray, NDArray]:
-    """The positives' and the negatives' gradients, ids (B + S,), summed over equal ids."""
+def sum_by_id(ids: NDArray, *parts: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Sum rows of equal id: the ids ascending, their sums, and where each given id went.
+
+    `parts` are arrays of rows that follow one another as `ids` do.
+    """
     unique_ids, row = np.unique(ids, return_inverse=True)
-    d_positives, d_negatives = gradients.positives, gradients.negatives
-    d_rows = np.zeros((len(unique_ids), d_negatives.shape[1]), d_negatives.dtype)
-    row_kernels.add_rows(d_rows, row[: len(d_positives)], d_positives)
-    row_kernels.add_rows(d_rows, row[len(d_positives) :], d_negatives)
-    d_bias = np.concatenate([gradients.positive_bias, gradients.negative_bias])
-    return unique_ids, d_rows, np.bincount(row, d_bias, len(unique_ids))
+    total = np.zeros((len(unique_ids), parts[0].shape[1]), parts[0].dtype)
+    start = 0
+    for part in parts:
+        row_kernels.add_rows(total, row[start : start + len(part)], part)
+        start += len(part)
+    return unique_ids, total, row
+
+
+def _first_id(sampler: Any) -> int:
+    """The lowest id that any of its laws can give; 0 where it has none."""
+    if isinstance(sampler, MixtureSampler):
+        return min(_first_id(member) for member in sampler.samplers)
+    law = getattr(sampler, "law", None) or getattr(sampler, "popularity", None)
+    return getattr(law, "first_id", 0)

@@ -35,8 +35,9 @@ def sampling_time(prob: NDArray, weights: NDArray, num_sampled: int) -> float:
 def log_inclusion(log_prob: NDArray, time: float) -> NDArray:
     """log π = log(1 − e^(−p·t)): the probability that a unique sample holds the id.
 
-    Sampling S ids without replacement is close to letting each arrive by time t: π is within
-    0.1 % of its exact value, and exact for a Poissonised sample.
+    Sampling S ids without replacement is close to letting each arrive by time t: exact for a
+    Poissonised sample; for one of fixed size within 0.1 % from about S = 100 on, 0.4 % at S = 20,
+    2 % at S = 5 (log-uniform, N = 1000).
     """
     if np.isinf(time):
         return np.where(log_prob > -np.inf, 0.0, -np.inf)

@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
     dtypes: dict[str, np.dtype[Any]]  # of the given arrays, by their name
 
     def loss(self, result: softmax.Pass) -> Array:
-        loss = np.logaddexp(0, result.excess) * self.weight  # (B,) softplus(D)
+        loss = softmax.softplus(result.excess) * self.weight  # (B,)
         return self.place.give(loss if self.reduction == "none" else loss.sum())
 
     def grads(self, gradients: softmax.Gradients) -> Grads:
@@ -349,8 +349,11 @@ def prepare(
     )
     weight = np.ones(num_queries, dtype)
     if given["sample_weight"] is not None:
-        checks.shape("sample_weight", given["sample_weight"], (num_queries,), "(B,)")
-        weight = given["sample_weight"].astype(dtype)
+        weight = given["sample_weight"]
+        checks.shape("sample_weight", weight, (num_queries,), "(B,)")
+        if weight.dtype.kind not in "iu":
+            checks.floating("sample_weight", weight)
+        weight = weight.astype(dtype)
     if reduction == "mean":
         weight /= max(1, num_queries)
     dtypes = {name: x.dtype for name, x in given.items() if x is not None}

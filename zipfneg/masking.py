@@ -28,12 +28,13 @@ def csr(name: str, value: Csr, num_rows: int) -> tuple[NDArray, NDArray]:
     checks.integral(f"{name}.indptr", indptr)
     checks.integral(f"{name}.ids", ids)
     checks.shape(f"{name}.indptr", indptr, (num_rows + 1,), "(B + 1,)")
+    indptr = indptr.astype(np.int64, copy=False)  # differences of unsigned numbers would wrap
     if ids.ndim != 1 or indptr[0] != 0 or indptr[-1] != ids.size or (np.diff(indptr) < 0).any():
         raise ValueError(
             f"{name}: expected indptr to rise from 0 to the number of ids {ids.size}, got "
             f"{indptr[0]} to {indptr[-1]}"
         )
-    return indptr.astype(np.int64, copy=False), ids.astype(np.int64, copy=False)
+    return indptr, ids.astype(np.int64, copy=False)
 
 
 class FalseNegatives(NamedTuple):

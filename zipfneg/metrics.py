@@ -40,7 +40,7 @@ def precision(ranks: Any, k: int, *, num_tied: Any = None) -> NDArray:
 
 def mrr(ranks: Any, k: int, *, num_tied: Any = None) -> NDArray:
     """1 / (1 + rank) of the best-ranked relevant item, 0 if none is among the first k."""
-    ranks = _as_ranks(ranks)
+    ranks = _as_ranks(ranks, num_tied)
     if ranks.ndim == 2:
         ranks = np.where(ranks < 0, np.iinfo(np.int64).max, ranks).min(axis=1, initial=2**62)
     return _total_gain(ranks, 1 / np.arange(1, _k(k) + 1), num_tied)[0]
@@ -56,11 +56,9 @@ def ndcg(ranks: Any, k: int, *, num_tied: Any = None) -> NDArray:
 
 def average_precision(ranks: Any, k: int, *, num_tied: Any = None) -> NDArray:
     """Mean of the precision at each relevant item's place, 0 for those beyond k."""
-    ranks = _as_ranks(ranks)
+    ranks = _as_ranks(ranks, num_tied)
     if ranks.ndim == 1:
         return mrr(ranks, k, num_tied=num_tied)
-    if num_tied is not None:
-        raise ValueError("num_tied: expected None with several relevant items a query")
     ordered = np.sort(np.where(ranks < 0, np.iinfo(np.int64).max, ranks), axis=1)  # (B, R)
     above = np.arange(1, ranks.shape[1] + 1)
     precisions = np.where(ordered < _k(k), above / (ordered + 1.0), 0.0)
@@ -89,22 +87,22 @@ def _k(k: int) -> int:
     return checks.integer("k", k, 1, 2**40)
 
 
-def _as_ranks(ranks: Any) -> NDArray:
+def _as_ranks(ranks: Any, num_tied: Any = None) -> NDArray:
     ranks = np.asarray(ranks)
     checks.integral("ranks", ranks)
     if ranks.ndim not in (1, 2):
         raise ValueError(f"ranks: expected shape (B,) or (B, R), got {ranks.shape}")
+    if num_tied is not None and ranks.ndim != 1:
+        raise ValueError("num_tied: expected None with several relevant items a query")
     return ranks.astype(np.int64, copy=False)
 
 
 def _total_gain(ranks: Any, gain: NDArray, num_tied: Any) -> tuple[NDArray, NDArray]:
     """Expected Σ gain[place] of a query's relevant items (B,), and how many it has."""
-    ranks = _as_ranks(ranks)
+    ranks = _as_ranks(ranks, num_tied)
     tied = np.zeros((), np.int64)
     if num_tied is not None:
         tied = np.asarray(num_tied)
-        if ranks.ndim != 1:
-            raise ValueError("num_tied: expected None with several relevant items a query")
         checks.shape("num_tied", tied, ranks.shape, "(B,) as ranks")
     # Mean of gain over places rank … rank + tied, by its running sum.
     running = np.concatenate([[0.0], np.cumsum(gain)])

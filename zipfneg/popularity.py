@@ -168,8 +168,11 @@ class Law:
     def _ranks(self, ids: Array) -> tuple[Any, NDArray]:
         place, view = view_of("ids", ids)
         checks.integral("ids", view)
-        # uint64 minus a signed number would be a float.
-        return place, view.astype(np.int64, copy=False) - self.first_id
+        # Into int64 without wrapping: uint64 may lie above it, and the lowest ids below 0.
+        if view.dtype == np.uint64:
+            view = np.minimum(view, np.uint64(2**63 - 1))
+        ids = np.maximum(view.astype(np.int64, copy=False), self.first_id - 1)
+        return place, ids - self.first_id
 
     def _check_range(self) -> None:
         object.__setattr__(

@@ -8,6 +8,7 @@ import numpy as np
 from . import checks
 from .candidates import Candidates, as_candidates, as_temperature
 from .checks import NDArray
+from .cpu.ranks import count, tie_tolerance
 from .interop import Array, Home, borrow
 from .masking import Csr, csr
 
@@ -40,39 +41,35 @@ class _Catalog(NamedTuple):
     excluded: tuple[NDArray, NDArray] | None
     place: Home
 
-    def block(self, rows: NDArray | slice, columns: slice) -> NDArray:
+    def block(self, rows: slice, columns: slice) -> NDArray:
         z = (self.queries[rows] / self.temperature) @ self.items[columns].T  # (r, c)
         if self.bias is not None:
             z += self.bias[columns] / z.dtype.type(self.temperature)
         return z
 
+    def target_scores(self, targets: NDArray) -> NDArray:
+        score = np.einsum("bd,bd->b", self.queries, self.items[targets])
+        if self.bias is not None:
+            score += self.bias[targets]
+        return score / score.dtype.type(self.temperature)
+
     def columns(self) -> Iterator[slice]:
         for start in range(self.first_id, len(self.items), BLOCK_COLUMNS):
             yield slice(start, min(start + BLOCK_COLUMNS, len(self.items)))
 
-    def rows(self, order: NDArray | None = None) -> Iterator[NDArray]:
-        if order is None:
-            order = np.arange(len(self.queries))
-        for start in range(0, len(order), BLOCK_ROWS):
-            yield order[start : start + BLOCK_ROWS]
+    def rows(self) -> Iterator[slice]:
+        for start in range(0, len(self.queries), BLOCK_ROWS):
+            yield slice(start, min(start + BLOCK_ROWS, len(self.queries)))
 
-    def exclude(self, z: NDArray, rows: NDArray, columns: slice) -> None:
+    def exclude(self, z: NDArray, rows: slice, columns: slice) -> None:
         """−inf over the excluded items of a block."""
         if self.excluded is None:
             return
         indptr, ids = self.excluded
-        counts = indptr[rows + 1] - indptr[rows]
-        row = np.repeat(np.arange(len(rows)), counts)
-        ends = np.cumsum(counts)
-        column = ids[np.arange(len(row)) + np.repeat(indptr[rows + 1] - ends, counts)]
+        row = np.repeat(np.arange(len(z)), np.diff(indptr[rows.start : rows.stop + 1]))
+        column = ids[indptr[rows.start] : indptr[rows.stop]]
         inside = (column >= columns.start) & (column < columns.stop)
         z[row[inside], column[inside] - columns.start] = -np.inf
-
-
-def _targets_within(targets: NDArray, columns: slice) -> tuple[NDArray, NDArray]:
-    """The places (row, column) of the targets that a block of columns holds."""
-    here = np.flatnonzero((targets >= columns.start) & (targets < columns.stop))
-    return here, targets[here] - columns.start
 
 
 def _catalog(
@@ -81,21 +78,22 @@ def _catalog(
     temperature: float | Array = 1.0,
     first_id: int = 0,
     exclude: Csr | None = None,
-    target_ids: Array | None = None,
-) -> tuple[_Catalog, NDArray]:
+    **more: Array,
+) -> tuple[_Catalog, dict[str, NDArray]]:
+    """The checked catalog, and views of the arrays in `more`, from the same place."""
     items = as_candidates("items", items)
     place, given = borrow(
         {
             "queries": queries,
             "items.embeddings": items.embeddings,
             "items.bias": items.bias,
-            "target_ids": target_ids,
+            **more,
         }
     )
     u, v, bias = given["queries"], given["items.embeddings"], given["items.bias"]
-    if u is None or v is None:
-        raise ValueError(f"{'queries' if u is None else 'items'}: expected an array, got None")
     for name, x in (("queries", u), ("items", v)):
+        if x is None:
+            raise ValueError(f"{name}: expected an array, got None")
         checks.floating(name, x)
         if x.ndim != 2:
             raise ValueError(f"{name}: expected two dimensions, got shape {x.shape}")
@@ -103,29 +101,40 @@ def _catalog(
     dtype = np.dtype(np.float64 if np.float64 in (u.dtype, v.dtype) else np.float32)
     if bias is not None:
         checks.shape("items.bias", bias, (len(v),), "(N,)")
+        checks.floating("items.bias", bias)
         bias = bias.astype(dtype)
-    first_id = checks.integer("first_id", first_id, 0, len(v))
-    targets = given["target_ids"]
-    if targets is None:
-        targets = np.empty(0, np.int64)
-    else:
-        checks.integral("target_ids", targets)
-        checks.shape("target_ids", targets, (len(u),), "(B,)")
-        if len(targets) and not (first_id <= targets.min() and targets.max() < len(v)):
-            raise ValueError(
-                f"target_ids: expected ids from {first_id} to {len(v) - 1}, got "
-                f"{targets.min()} to {targets.max()}"
-            )
-    excluded = None if exclude is None else csr("exclude", exclude, len(u))
     catalog = _Catalog(
         np.ascontiguousarray(u, dtype),
         np.ascontiguousarray(v, dtype),
         bias,
         as_temperature(temperature),
-        first_id,
-        excluded,
+        checks.integer("first_id", first_id, 0, len(v)),
+        None if exclude is None else csr("exclude", exclude, len(u)),
         place,
     )
+    return catalog, given
+
+
+def _with_targets(
+    queries: Array,
+    items: Array | Candidates,
+    target_ids: Array,
+    temperature: float | Array = 1.0,
+    first_id: int = 0,
+    exclude: Csr | None = None,
+) -> tuple[_Catalog, NDArray]:
+    if target_ids is None:
+        raise ValueError("target_ids: expected an array (B,), got None")
+    catalog, given = _catalog(queries, items, temperature, first_id, exclude, target_ids=target_ids)
+    targets = given["target_ids"]
+    checks.integral("target_ids", targets)
+    checks.shape("target_ids", targets, (len(catalog.queries),), "(B,)")
+    last = len(catalog.items) - 1
+    if len(targets) and not (first_id <= targets.min() and targets.max() <= last):
+        raise ValueError(
+            f"target_ids: expected ids from {first_id} to {last}, got {targets.min()} to "
+            f"{targets.max()}"
+        )
     return catalog, targets.astype(np.int64, copy=False)
 
 
@@ -164,7 +173,8 @@ def top_k(
     Returns
     -------
     `TopK` of ids and scores (B, k). Equal scores stand by ascending id, though which of several
-    at the last place is in the list is open. Where fewer than k items are left the score is −inf.
+    at the last place is in the list is open. Where fewer than k items are left the id is −1 and
+    the score −inf; where a score is NaN, id −1 and score NaN stand for the whole list.
 
     Examples
     --------
@@ -175,20 +185,24 @@ def top_k(
     catalog, _ = _catalog(queries, items, temperature, first_id, exclude)
     k = checks.integer("k", k, 1, max(1, len(catalog.items) - first_id))
     num_queries = len(catalog.queries)
-    best_ids = np.zeros((num_queries, k), np.int64)
+    best_ids = np.full((num_queries, k), -1)
     best = np.full((num_queries, k), -np.inf, catalog.queries.dtype)
     for rows in catalog.rows():
         ids, values = best_ids[rows], best[rows]
+        broken = np.zeros(len(ids), np.bool_)
         for columns in catalog.columns():
             z = catalog.block(rows, columns)
             catalog.exclude(z, rows, columns)
+            broken |= np.isnan(z.max(axis=1))
             # The running best and this block's best compete.
             keep = min(k, z.shape[1])
             places = np.argpartition(-z, keep - 1, axis=1)[:, :keep]
             values = np.concatenate([values, np.take_along_axis(z, places, 1)], axis=1)
-            ids = np.concatenate([ids, places + columns.start], axis=1)
+            places = np.where(values[:, -keep:] > -np.inf, places + columns.start, -1)
+            ids = np.concatenate([ids, places], axis=1)
             places = np.lexsort((ids, -values))[:, :k]
             values, ids = np.take_along_axis(values, places, 1), np.take_along_axis(ids, places, 1)
+        ids[broken], values[broken] = -1, np.nan
         best_ids[rows], best[rows] = ids, values
     return TopK(catalog.place.give(best_ids), catalog.place.give(best))
 
@@ -213,7 +227,8 @@ def rank(
 
     Notes
     -----
-    A score that is NaN counts as better: a broken model must not look good.
+    Scores that differ by no more than the rounding of their products count as tied. A score that
+    is NaN counts as better: a broken model must not look good.
 
     Examples
     --------
@@ -221,24 +236,19 @@ def rank(
     >>> rank(np.eye(3), np.eye(3), np.array([0, 1, 0]))
     Ranks(num_better=array([0, 0, 1]), num_tied=array([0, 0, 1]))
     """
-    catalog, targets = _catalog(queries, items, 1.0, first_id, exclude, target_ids)
-    better = np.zeros(len(targets), np.int64)
-    tied = np.zeros(len(targets), np.int64)
-    # In order of target a block of rows finds its targets in few blocks of columns. Their scores
-    # are taken from the very products that are counted below: any other way of computing them
-    # rounds differently, and ties would be lost.
-    for rows in catalog.rows(np.argsort(targets, kind="stable")):
-        score = np.empty((len(rows), 1), catalog.queries.dtype)
-        for columns in catalog.columns():
-            here, column = _targets_within(targets[rows], columns)
-            if len(here):
-                score[here, 0] = catalog.block(rows, columns)[here, column]
+    catalog, targets = _with_targets(queries, items, target_ids, 1.0, first_id, exclude)
+    score = catalog.target_scores(targets)
+    tolerance = tie_tolerance(catalog.queries, catalog.items[targets], score)
+    better, tied = np.zeros((2, len(targets)), np.int64)
+    for rows in catalog.rows():
         for columns in catalog.columns():
             z = catalog.block(rows, columns)
             catalog.exclude(z, rows, columns)
-            z[_targets_within(targets[rows], columns)] = -np.inf
-            better[rows] += z.shape[1] - np.count_nonzero(z <= score, axis=1)
-            tied[rows] += np.count_nonzero(z == score, axis=1)
+            here = np.flatnonzero((targets[rows] >= columns.start) & (targets[rows] < columns.stop))
+            z[here, targets[rows][here] - columns.start] = -np.inf
+            more_better, more_tied = count(z, score[rows], tolerance[rows])
+            better[rows] += more_better
+            tied[rows] += more_tied
     return Ranks(catalog.place.give(better), catalog.place.give(tied))
 
 
@@ -271,20 +281,37 @@ def full_softmax_loss(
     >>> full_softmax_loss(np.zeros((2, 4)), np.ones((8, 4)), np.array([0, 5])).round(4)
     array([2.0794, 2.0794])
     """
-    catalog, targets = _catalog(queries, items, temperature, first_id, None, target_ids)
-    loss = np.empty(len(targets), catalog.queries.dtype)
+    catalog, targets = _with_targets(queries, items, target_ids, temperature, first_id)
+    return catalog.place.give(_log_normalizer(catalog) - catalog.target_scores(targets))
+
+
+def log_normalizer(
+    queries: Array,
+    items: Array | Candidates,
+    *,
+    temperature: float | Array = 1.0,
+    first_id: int = 0,
+) -> Array:
+    """logsumexp_k (u·v_k + b_k)/τ over the catalog (B,): log softmax is a score less this.
+
+    Arguments as for `full_softmax_loss`; for queries with many targets, whose normaliser is one.
+    """
+    catalog, _ = _catalog(queries, items, temperature, first_id)
+    return catalog.place.give(_log_normalizer(catalog))
+
+
+def _log_normalizer(catalog: _Catalog) -> NDArray:
+    result = np.empty(len(catalog.queries), catalog.queries.dtype)
     for rows in catalog.rows():
-        score = np.empty(len(rows), loss.dtype)
-        shift = np.full(len(rows), -np.inf, loss.dtype)
+        shift = np.full(rows.stop - rows.start, -np.inf, result.dtype)
         total = np.zeros_like(shift)
         for columns in catalog.columns():
             z = catalog.block(rows, columns)
-            here, column = _targets_within(targets[rows], columns)
-            score[here] = z[here, column]
             new_shift = np.maximum(shift, z.max(axis=1))
             total *= np.exp(shift - new_shift)
             z -= new_shift[:, None]
             total += np.exp(z, out=z).sum(axis=1)
             shift = new_shift
-        loss[rows] = np.log(total) + shift - score
-    return catalog.place.give(loss)
+        with np.errstate(divide="ignore"):  # an empty catalog: log 0
+            result[rows] = np.log(total) + shift
+    return result

@@ -77,7 +77,8 @@ class PopularitySampler:
     -----
     Unique sampling never stalls: where rejection would take more than four tries an item, an
     exponential race over all ids (Efraimidis & Spirakis 2006) gives the same law, and S = N is a
-    random permutation. `num_tries` is then the race's clock, which is its expectation.
+    random permutation. `num_tries` is then the race's clock, which has the same mean, and at
+    least S.
 
     The sampler does not avoid the positives: the loss drops accidental hits by their ids.
 
@@ -99,7 +100,7 @@ class PopularitySampler:
     seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        size = checks.integer("num_sampled", self.num_sampled, 0, 2**40)
+        size = checks.integer("num_sampled", self.num_sampled, 1, 2**40)
         object.__setattr__(self, "num_sampled", size)
         checks.integer("seed", self.seed, 0, 2**64 - 1)
         if self.unique:
@@ -186,7 +187,8 @@ class PopularitySampler:
             arrival = np.log(-np.log(uniforms(ids.size, words))) - self.law.log_prob(ids)
         first = np.argpartition(arrival, self.num_sampled - 1)[: self.num_sampled]
         first = first[np.argsort(arrival[first], kind="stable")]
-        return ids[first], round(float(np.exp(arrival[first[-1]])))
+        clock = float(np.exp(min(arrival[first[-1]], 43.0)))  # 43: within an int64
+        return ids[first], max(self.num_sampled, round(clock))
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,12 @@ class MixtureSampler:
     samplers: Sequence[Any]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "samplers", tuple(self.samplers))
+        # Mixtures within are taken apart: every source then has a stream of its own.
+        members: list[Any] = []
+        for sampler in self.samplers:
+            inner = sampler.samplers if isinstance(sampler, MixtureSampler) else (sampler,)
+            members.extend(inner)
+        object.__setattr__(self, "samplers", tuple(members))
         if not self.samplers:
             raise ValueError("samplers: expected at least one, got none")
 

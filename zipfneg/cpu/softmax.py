@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checks import NDArray
+from .ranks import count, tie_tolerance
 
 # Bytes of logits, and of converted per-query negatives, that stand at any one time.
 WORKSPACE = 4 * 2**20
@@ -61,6 +62,12 @@ def _positive_scores(problem: Problem) -> tuple[NDArray, NDArray]:
     return a_0, a_0 if problem.positive_log_q is None else a_0 - problem.positive_log_q
 
 
+def softplus(x: NDArray) -> NDArray:
+    """log(1 + e^x), without overflow."""
+    with np.errstate(invalid="ignore"):  # NaN passes through, unannounced as elsewhere
+        return np.logaddexp(0, x)
+
+
 def value(problem: Problem) -> Pass:
     return _run(problem, None, None, False)[0]
 
@@ -89,6 +96,7 @@ def _run(
     excess = np.empty(num_queries, dtype)
     new_lse = np.empty(num_queries, dtype) if lse is None else lse
     better, tied = np.zeros((2, num_queries), np.int64)
+    tolerance = tie_tolerance(u, p, a_0, tau) if ranks else a_0
     if d_loss is not None:
         g_0 = np.empty(num_queries, dtype)
         d_u = np.empty_like(u)
@@ -111,9 +119,7 @@ def _run(
             z += _rows(problem.negative_bias, 1, lo, hi) / dtype.type(tau)
         problem.drop(z, lo)
         if ranks:
-            # "Not at most" counts a NaN as better: it must not look like a good rank.
-            better[lo:hi] = num_sampled - np.count_nonzero(z <= a_0[lo:hi, None], axis=1)
-            tied[lo:hi] = np.count_nonzero(z == a_0[lo:hi, None], axis=1)
+            better[lo:hi], tied[lo:hi] = count(z, a_0[lo:hi], tolerance[lo:hi])
         if problem.negative_log_q is not None:
             z -= _rows(problem.negative_log_q, 1, lo, hi)
 
@@ -133,7 +139,7 @@ def _run(
 
         if d_loss is not None:
             # g_0 = −d·σ(D) and g_j = d·σ(D)·softmax_j; the normaliser goes into the small factors.
-            d_excess = d_loss[lo:hi] * np.exp(-np.logaddexp(0, -excess[lo:hi]))
+            d_excess = d_loss[lo:hi] * np.exp(-softplus(-excess[lo:hi]))
             g_0[lo:hi] = -d_excess
             scale = np.divide(d_excess, total, out=np.zeros_like(total), where=total != 0)
             u_scaled *= scale[:, None]

@@ -1,0 +1,600 @@
+import itertools
+
+import goodness_of_fit as fit
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zipfneg import (
+    Candidates,
+    Empirical,
+    InBatchSampler,
+    LogUniform,
+    MixtureSampler,
+    PopularitySampler,
+    Uniform,
+)
+from zipfneg.popularity import stream_words
+
+quietly = settings(derandomize=True, deadline=None, max_examples=60)
+words32 = st.integers(0, 2**32 - 1)
+seeds = st.integers(0, 2**64 - 1)
+
+# The second distinct id comes late, and how late varies: rejection in several rounds.
+LATE = Empirical([10_000, 2, 2] + [0] * 3000)
+
+
+def first_occurrences(law, num_sampled, **key):
+    """Draw with replacement, skip what is already there: the sequence and the draws it took."""
+    draws = law.draw(200_000, **key).tolist()
+    seen = {}
+    for num_tries, x in enumerate(draws):
+        if len(seen) == num_sampled:
+            return list(seen), num_tries
+        seen[x] = True
+    raise AssertionError("more draws are needed")
+
+
+def by_rejection(law, num_sampled, step):
+    return PopularitySampler(law, num_sampled, seed=30).sample(step=step).negatives.ids
+
+
+def by_race(law, num_sampled, step):
+    """The other way to draw a unique sample, which is taken where rejection would be slow."""
+    sampler = PopularitySampler(law, num_sampled, seed=31)
+    return sampler._race(stream_words(sampler.seed, step, 0))[0]
+
+
+both_ways = pytest.mark.parametrize("sample", [by_rejection, by_race])
+
+
+# By hand
+
+
+def test_with_replacement_by_hand():
+    law = Empirical([6, 3, 1], first_id=1)
+    sampler = PopularitySampler(law, 5, unique=False, seed=3)
+    draw = sampler.sample(np.array([3, 1]), step=2, stream=1)
+    assert (draw.negatives.ids == law.draw(5, seed=3, step=2, stream=1)).all()
+    assert draw.num_tries == 5
+    expected = 5 * np.array([0.6, 0.3, 0.1])
+    assert np.exp(draw.negatives.log_q) == pytest.approx(expected[draw.negatives.ids - 1])
+    assert np.exp(draw.positives.log_q) == pytest.approx([0.5, 3])
+    assert draw.positives.ids.tolist() == [3, 1]
+
+
+def test_unique_by_hand():
+    # 2 of 3 alike are included with probability 2/3, in and out of the sample.
+    draw = PopularitySampler(Uniform(3, first_id=7), 2).sample(np.array([7, 8, 9, 9]))
+    assert len(set(draw.negatives.ids.tolist()) & {7, 8, 9}) == 2
+    assert np.exp(draw.negatives.log_q) == pytest.approx([2 / 3] * 2, rel=1e-12)
+    assert np.exp(draw.positives.log_q) == pytest.approx([2 / 3] * 4, rel=1e-12)
+
+
+def test_in_batch_by_hand():
+    positives = Candidates(ids=np.array([0, 2, 0, 1]), embeddings=np.eye(4))
+    draw = InBatchSampler([6, 3, 1]).sample(positives)
+    for side in (draw.positives, draw.negatives):
+        assert np.exp(side.log_q) == pytest.approx([2.4, 0.4, 2.4, 1.2])
+        assert side.ids.tolist() == [0, 2, 0, 1]
+        assert side.embeddings is positives.embeddings
+    assert draw.num_tries == 4
+
+
+def test_in_batch_without_popularity_knows_no_log_q():
+    draw = InBatchSampler().sample(np.array([5, 6]))
+    assert draw.negatives.log_q is None
+    assert draw.positives.log_q is None
+    assert draw.negatives.ids.tolist() == [5, 6]
+
+
+def test_mixture_by_hand():
+    law = Empirical([6, 3, 1])
+    sampler = MixtureSampler(
+        [InBatchSampler(law), PopularitySampler(Uniform(3), 6, unique=False, seed=1)]
+    )
+    draw = sampler.sample(np.array([2, 0]))
+    # Two slots of the batch and six uniform draws: 2·f + 6/3.
+    expected = np.array([1.2, 0.6, 0.2]) + 2
+    assert draw.negatives.ids[:2].tolist() == [2, 0]
+    assert draw.negatives.ids.shape == (8,)
+    assert np.exp(draw.negatives.log_q) == pytest.approx(expected[draw.negatives.ids])
+    assert np.exp(draw.positives.log_q) == pytest.approx(expected[[2, 0]])
+    assert np.exp(sampler.log_q([0, 1, 2, 3], batch_size=2)) == pytest.approx([*expected, 0])
+    assert draw.num_tries == 8
+
+
+def test_mixture_of_different_ranges_by_hand():
+    sampler = MixtureSampler(
+        [
+            PopularitySampler(Uniform(2, first_id=0), 3, unique=False),
+            PopularitySampler(Uniform(2, first_id=1), 5, unique=False),
+        ]
+    )
+    assert np.exp(sampler.log_q([0, 1, 2, 3])) == pytest.approx([1.5, 4, 2.5, 0])
+
+
+# Against a plain statement of the sampler
+
+
+@pytest.mark.parametrize(
+    ("law", "num_sampled"),
+    [
+        (LogUniform(50, first_id=1), 20),
+        (LogUniform(100_000, first_id=1), 8191),
+        (LogUniform(10**9), 100),
+        (Uniform(2**40, first_id=2**62), 1025),
+        (Uniform(31), 29),
+        (Empirical([1e12, 1, 1, 1]), 1),
+        (LATE, 2),
+    ],
+)
+@pytest.mark.parametrize("step", [0, 2**32 - 1])
+def test_unique_draws_are_first_occurrences(law, num_sampled, step):
+    sampler = PopularitySampler(law, num_sampled, seed=2**64 - 1)
+    draw = sampler.sample(step=step, stream=step)
+    ids, num_tries = first_occurrences(law, num_sampled, seed=2**64 - 1, step=step, stream=step)
+    assert draw.negatives.ids.tolist() == ids
+    assert draw.num_tries == num_tries
+
+
+def test_tries_of_a_second_round_are_counted():
+    sampler = PopularitySampler(LATE, 2, seed=40)
+    tries = []
+    for step in range(40):
+        draw = sampler.sample(step=step)
+        ids, num_tries = first_occurrences(LATE, 2, seed=40, step=step)
+        assert draw.negatives.ids.tolist() == ids
+        assert draw.num_tries == num_tries
+        tries.append(num_tries)
+    # A round makes a little more tries than the expectation.
+    assert max(tries) > 1.5 * sampler._time > 3000
+
+
+def orders(law, num_sampled):
+    """Every order of S ids with its probability under draws without replacement."""
+    prob = np.exp(law.log_prob(range(law.num_items)))
+    chances = {}
+    for order in itertools.permutations(range(law.num_items), num_sampled):
+        left = 1 - np.concatenate([[0], np.cumsum(prob[list(order)])[:-1]])
+        chances[order] = np.prod(prob[list(order)] / left)
+    return chances
+
+
+def order_p_value(rows, chances):
+    place = {order: k for k, order in enumerate(chances)}
+    observed = np.bincount([place[tuple(row)] for row in rows], minlength=len(place))
+    return fit.chi_square(observed, np.array(list(chances.values())))
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("law", "num_sampled"), [(LogUniform(5), 3), (Empirical([1, 7, 2, 4]), 2), (Uniform(4), 3)]
+)
+def test_orders_against_enumeration(sample, law, num_sampled):
+    chances = orders(law, num_sampled)
+    assert sum(chances.values()) == pytest.approx(1, rel=1e-12)
+    rows = [sample(law, num_sampled, step).tolist() for step in range(10_000)]
+    assert order_p_value(rows, chances) > fit.LEVEL
+    assert order_p_value([sorted(row) for row in rows], chances) < fit.LEVEL
+    another_law = orders(Empirical([1, 1.5, 2, 2.5, 3][: law.num_items]), num_sampled)
+    assert order_p_value(rows, another_law) < fit.LEVEL
+
+
+def test_whole_catalogs_come_in_the_order_of_successive_draws():
+    law = Empirical([1, 2, 4, 8])
+    sampler = PopularitySampler(law, 4, seed=37)
+    rows = [sampler.sample(step=step).negatives.ids.tolist() for step in range(10_000)]
+    assert order_p_value(rows, orders(law, 4)) > fit.LEVEL
+    assert order_p_value(rows, orders(Uniform(4), 4)) < fit.LEVEL
+
+
+def sequence_uniforms(law, rows, rng):
+    """Rows of distinct ids in draw order, turned to independent uniforms if they follow the law.
+
+    U_j = (F(x_j−) − Σ picked below x_j + V·p(x_j)) / (1 − Σ picked), over picks before the j-th.
+    """
+    prob = np.exp(law.log_prob(rows))  # (R, S)
+    earlier = np.tri(rows.shape[1], k=-1, dtype=bool)  # [j, i]: pick i came before pick j
+    below = rows[:, None, :] < rows[:, :, None]
+    picked_below = np.where(earlier & below, prob[:, None, :], 0).sum(2)
+    picked = np.where(earlier, prob[:, None, :], 0).sum(2)
+    free_below = law.cdf(rows - 1) - picked_below
+    return (free_below + rng.uniform(size=rows.shape) * prob) / (1 - picked)
+
+
+def pairs_p_value(u):
+    """Chi-square of neighbours in 5 × 5 equal cells."""
+    cells = np.minimum((5 * u).astype(int), 4)
+    first, second = cells[:, 0:-1:2].ravel(), cells[:, 1::2].ravel()
+    return fit.chi_square(np.bincount(5 * first + second, minlength=25), np.full(25, 1 / 25))
+
+
+def kept_popular(law, num_sampled, step):
+    """As in Merlin's PyTorch sampler: sort the distinct ids, keep the first."""
+    return np.unique(law.draw(8 * num_sampled, seed=32, step=step))[:num_sampled]
+
+
+def biased_to_the_head(law, num_sampled, step):
+    """In draw order, but the S most popular of S + 2."""
+    ids = by_rejection(law, num_sampled + 2, step)
+    return ids[np.sort(np.argsort(ids)[:num_sampled])]
+
+
+def without_removal(law, num_sampled, step):
+    """Distinct by skipping to the next id instead of by drawing again."""
+    taken = []
+    for x in law.draw(num_sampled, seed=33, step=step).tolist():
+        while x in taken:
+            x = law.first_id + (x - law.first_id + 1) % law.num_items
+        taken.append(x)
+    return np.array(taken)
+
+
+@pytest.mark.parametrize("law", [LogUniform(50, first_id=1), Empirical(np.arange(50) ** 2 + 1)])
+def test_draw_order_gives_independent_uniforms(law):
+    num_sampled, num_rows = 20, 1500
+    rng = np.random.default_rng(34)
+
+    def uniforms_of(sample):
+        rows = np.array([sample(law, num_sampled, step) for step in range(num_rows)])
+        assert rows.shape == (num_rows, num_sampled)
+        return sequence_uniforms(law, rows, rng)
+
+    for sample in (by_rejection, by_race):
+        u = uniforms_of(sample)
+        assert fit.uniform(u.ravel()) > fit.LEVEL
+        assert fit.uniform(u[:, -1]) > fit.LEVEL
+        assert pairs_p_value(u) > fit.LEVEL
+    for wrong in (
+        lambda *arguments: np.sort(by_rejection(*arguments)),
+        kept_popular,
+        biased_to_the_head,
+        without_removal,
+    ):
+        assert fit.uniform(uniforms_of(wrong).ravel()) < fit.LEVEL
+
+
+def test_long_races_come_in_the_order_of_arrival():
+    # Few items are sorted by whichever means first finds the earliest; many are not.
+    law, rng = LogUniform(3001), np.random.default_rng(38)
+    rows = np.array([by_race(law, 600, step) for step in range(10)])
+    u = sequence_uniforms(law, rows, rng)
+    assert fit.uniform(u.ravel()) > fit.LEVEL
+    assert pairs_p_value(u) > fit.LEVEL
+    halves_exchanged = sequence_uniforms(law, np.roll(rows, 300, axis=1), rng)
+    assert fit.uniform(halves_exchanged.ravel()) < fit.LEVEL
+
+
+def test_race_and_rejection_take_as_many_tries():
+    sampler = PopularitySampler(LogUniform(50), 20, seed=35)
+    steps = range(2000)
+    tries = [sampler.sample(step=step).num_tries for step in steps]
+    clock = [sampler._race(stream_words(36, step, 0))[1] for step in steps]
+    # Either has the same expectation; differences of independent runs have none.
+    assert fit.mean(np.subtract(tries, clock), 0) > fit.LEVEL
+    assert fit.mean(np.subtract(tries, 20), 0) < fit.LEVEL
+
+
+# Invariants
+
+
+def unique_cases():
+    first_id = st.integers(0, 2**40)
+    return st.one_of(
+        st.builds(LogUniform, st.integers(1, 300), first_id=first_id),
+        st.builds(Uniform, st.integers(1, 300), first_id=first_id),
+        st.builds(
+            Empirical,
+            st.lists(st.sampled_from([0, 1, 2, 50, 10**6]), min_size=1, max_size=60).filter(any),
+            first_id=first_id,
+        ),
+    )
+
+
+@quietly
+@given(law=unique_cases(), share=st.floats(0, 1), seed=seeds, step=words32, stream=words32)
+def test_unique_samples_are_distinct_ids_of_the_law(law, share, seed, step, stream):
+    ids = np.arange(law.first_id, law.first_id + law.num_items)
+    can_be_drawn = ids[law.log_prob(ids) > -np.inf]
+    num_sampled = max(1, round(share * len(can_be_drawn)))
+    sampler = PopularitySampler(law, num_sampled, seed=seed)
+    draw = sampler.sample(step=step, stream=stream)
+    got = draw.negatives.ids
+    assert got.shape == draw.negatives.log_q.shape == (num_sampled,)
+    assert got.dtype == np.int64
+    assert len(np.unique(got)) == num_sampled
+    assert np.isin(got, can_be_drawn).all()
+    assert (draw.negatives.log_q == sampler.log_q(got)).all()
+    assert ((draw.negatives.log_q <= 0) & (draw.negatives.log_q > -np.inf)).all()
+    assert np.exp(sampler.log_q(ids)).sum() == pytest.approx(num_sampled, rel=1e-9)
+    again = PopularitySampler(law, num_sampled, seed=seed).sample(step=step, stream=stream)
+    assert (again.negatives.ids == got).all()
+    assert again.num_tries == draw.num_tries
+
+
+@quietly
+@given(
+    law=unique_cases(), num_sampled=st.integers(1, 400), seed=seeds, step=words32, stream=words32
+)
+def test_samples_with_replacement_are_the_laws_draws(law, num_sampled, seed, step, stream):
+    sampler = PopularitySampler(law, num_sampled, unique=False, seed=seed)
+    draw = sampler.sample(step=step, stream=stream)
+    expected = law.draw(num_sampled, seed=seed, step=step, stream=stream)
+    assert (draw.negatives.ids == expected).all()
+    assert draw.num_tries == num_sampled
+    if num_sampled:
+        expected = np.log(num_sampled) + law.log_prob(draw.negatives.ids)
+        assert draw.negatives.log_q == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("unique", [False, True])
+def test_both_ends_of_the_range_are_sampled(unique):
+    law = LogUniform(40, first_id=3)
+    sampler = PopularitySampler(law, 10, unique=unique)
+    ids = np.concatenate([sampler.sample(step=step).negatives.ids for step in range(200)])
+    assert (ids.min(), ids.max()) == (3, 42)
+
+
+@pytest.mark.parametrize("unique", [False, True])
+def test_samples_do_not_depend_on_threads(unique, monkeypatch):
+    sampler = PopularitySampler(LogUniform(10**6), 50_000, unique=unique, seed=5)
+    monkeypatch.setenv("ZIPFNEG_NUM_THREADS", "1")
+    one = sampler.sample(step=6)
+    monkeypatch.setenv("ZIPFNEG_NUM_THREADS", "2")
+    two = sampler.sample(step=6)
+    assert (one.negatives.ids == two.negatives.ids).all()
+    assert one.num_tries == two.num_tries
+
+
+def test_samples_do_not_depend_on_the_positives():
+    sampler = PopularitySampler(LogUniform(1000), 100, seed=6)
+    alone = sampler.sample(step=1)
+    beside = sampler.sample(np.arange(1000), step=1)
+    assert (alone.negatives.ids == beside.negatives.ids).all()
+    assert alone.positives is None
+    assert (beside.positives.log_q[beside.negatives.ids] == beside.negatives.log_q).all()
+
+
+@pytest.mark.parametrize(
+    "changed", [dict(seed=1), dict(step=1), dict(stream=1), dict(seed=2**32), dict(step=2**31)]
+)
+def test_other_streams_give_other_samples(changed):
+    def ids(seed=0, step=0, stream=0):
+        sampler = PopularitySampler(Uniform(2**40), 1000, seed=seed)
+        return sampler.sample(step=step, stream=stream).negatives.ids
+
+    assert len(np.intersect1d(ids(), ids(**changed))) == 0
+
+
+@pytest.mark.parametrize("num_items", [1, 2, 31, 1009])
+def test_whole_catalogs_are_permutations(num_items):
+    for law in (LogUniform(num_items, first_id=2), Uniform(num_items, first_id=2)):
+        sampler = PopularitySampler(law, num_items)
+        draws = [sampler.sample(step=step) for step in range(5)]
+        for draw in draws:
+            assert sorted(draw.negatives.ids) == list(range(2, num_items + 2))
+            assert (draw.negatives.log_q == 0).all()
+        if num_items > 2:
+            assert len({tuple(draw.negatives.ids.tolist()) for draw in draws}) > 1
+
+
+@pytest.mark.parametrize("counts", [[1e12, 1, 1, 1], [1, 0, 1e12, 1, 0, 1], [1e300, 1e-5, 1]])
+def test_extreme_popularities_never_stall(counts):
+    law = Empirical(counts)
+    available = np.flatnonzero(np.exp(law.log_prob(range(len(counts)))))
+    for num_sampled in range(1, len(available) + 1):
+        sampler = PopularitySampler(law, num_sampled)
+        for step in range(20):
+            ids = sampler.sample(step=step).negatives.ids
+            assert len(set(ids.tolist())) == num_sampled
+            assert np.isin(ids, available).all()
+            if num_sampled:
+                assert np.argmax(counts) in ids
+
+
+def test_items_too_rare_to_come_in_time_do_not_overflow():
+    # 1e-320 of all draws: the race takes longer than a float can say.
+    draw = PopularitySampler(Empirical([1, 1e-320]), 2).sample()
+    assert draw.negatives.ids.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("num_items", [1, 2, 4098, 10**6, 10**9, 2**40])
+def test_as_many_as_there_are_items_can_be_asked_for(num_items):
+    PopularitySampler(LogUniform(num_items), num_items)
+    PopularitySampler(Uniform(num_items), num_items)
+
+
+def test_candidates_keep_what_they_hold():
+    given_ids = np.array([1, 2], np.int32)
+    positives = Candidates(ids=given_ids, embeddings=np.eye(2), bias=np.zeros(2))
+    for sampler in (
+        PopularitySampler(LogUniform(10), 3),
+        InBatchSampler(LogUniform(10)),
+        MixtureSampler([PopularitySampler(LogUniform(10), 3), InBatchSampler(LogUniform(10))]),
+    ):
+        got = sampler.sample(positives).positives
+        assert got.ids is given_ids
+        assert got.embeddings is positives.embeddings
+        assert got.bias is positives.bias
+        assert positives.log_q is None
+        assert got.log_q.shape == (2,)
+
+
+def test_in_batch_takes_a_law_or_counts():
+    counts, ids = [6, 3, 1], np.array([0, 1, 2, 2])
+    by_law = InBatchSampler(Empirical(counts)).sample(ids).negatives.log_q
+    assert (InBatchSampler(counts).sample(ids).negatives.log_q == by_law).all()
+    assert (InBatchSampler(np.array(counts)).log_q(ids, batch_size=4) == by_law).all()
+
+
+def test_equal_seeds_in_a_mixture_do_not_make_equal_draws():
+    law = Uniform(2**40)
+    sampler = MixtureSampler([PopularitySampler(law, 500, seed=1) for _ in range(3)])
+    # Members and workers: nobody repeats another's ids.
+    ids = [sampler.sample(stream=stream).negatives.ids for stream in range(4)]
+    assert len(np.unique(ids)) == 4 * 1500
+
+
+def test_equal_seeds_in_nested_mixtures_do_not_make_equal_draws():
+    def source():
+        return PopularitySampler(Uniform(2**40), 500, seed=1)
+
+    sampler = MixtureSampler([MixtureSampler([source(), source()]), source()])
+    ids = [sampler.sample(stream=stream).negatives.ids for stream in range(4)]
+    assert len(np.unique(ids)) == 4 * 1500
+
+
+@pytest.mark.parametrize("weighing", ["one", "tail"])
+def test_mixture_log_q_weighs_every_item_once(weighing):
+    # E Σ_candidates g/q = Σ_all g: here of three sources, repeats between them kept.
+    num_items, batch_size = 500, 32
+    g = np.ones(num_items) if weighing == "one" else np.arange(num_items) ** 2.0
+    law = LogUniform(num_items)
+    source = PopularitySampler(law, 80, seed=7)
+    sampler = MixtureSampler(
+        [InBatchSampler(law), source, PopularitySampler(Uniform(num_items), 40, unique=False)]
+    )
+    batches = law.draw((1500, batch_size), seed=50)
+    draws = [sampler.sample(batches[step], step=step).negatives for step in range(1500)]
+    estimates = [(g[n.ids] / np.exp(n.log_q)).sum() for n in draws]
+    assert fit.mean(estimates, g.sum()) > fit.LEVEL
+    # Each source's own log q, as if the others were not there, counts the items three times.
+    own = np.exp(source.log_q(np.arange(num_items)))
+    estimates = [(g[n.ids] / own[n.ids]).sum() for n in draws]
+    assert fit.mean(estimates, g.sum()) < fit.LEVEL
+
+
+def test_mixture_counts_are_as_expected():
+    law, num_items = LogUniform(30), 30
+    sampler = MixtureSampler(
+        [InBatchSampler(law), PopularitySampler(Uniform(num_items), 20, unique=False, seed=8)]
+    )
+    batches = law.draw((3000, 10), seed=51)
+    ids = np.concatenate(
+        [sampler.sample(batches[step], step=step).negatives.ids for step in range(3000)]
+    )
+    expected = np.exp(sampler.log_q(np.arange(num_items), batch_size=10))
+    observed = np.bincount(ids, minlength=num_items)
+    assert expected.sum() == pytest.approx(30, rel=1e-12)
+    assert fit.chi_square(observed, expected / 30) > fit.LEVEL
+    # Without the batch's share.
+    assert fit.chi_square(observed, np.full(num_items, 1 / num_items)) < fit.LEVEL
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("law", "num_sampled", "available"),
+    [
+        (LogUniform(5), 6, 5),
+        (Uniform(10**9), 10**9 + 1, 10**9),
+        (LogUniform(10**9), 10**9 + 1, 10**9),
+        (Empirical([3, 0, 1, 0]), 3, 2),
+    ],
+)
+def test_more_unique_negatives_than_items(law, num_sampled, available):
+    with pytest.raises(ValueError, match=f"num_sampled: expected at most {available}, .* unique"):
+        PopularitySampler(law, num_sampled)
+    PopularitySampler(law, num_sampled, unique=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (dict(num_sampled=-1), ValueError, "num_sampled: expected an integer from 1"),
+        (dict(num_sampled=2.0), TypeError, "num_sampled: expected an integer, got 2.0"),
+        (dict(num_sampled=True), TypeError, "num_sampled: expected an integer, got True"),
+        (dict(num_sampled=2, seed=-1), ValueError, "seed: expected an integer from 0"),
+        (dict(num_sampled=2, seed=2**64), ValueError, "seed: expected an integer from 0"),
+        (dict(num_sampled=2, seed=0.5), TypeError, "seed: expected an integer, got 0.5"),
+    ],
+)
+def test_bad_samplers(arguments, error, text):
+    with pytest.raises(error, match=text):
+        PopularitySampler(LogUniform(5), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (dict(step=2**32), ValueError, "step: expected an integer from 0 to 4294967295"),
+        (dict(step=-1), ValueError, "step: expected an integer from 0 to 4294967295"),
+        (dict(step=1.5), TypeError, "step: expected an integer, got 1.5"),
+        (dict(stream=2**32), ValueError, "stream: expected an integer from 0 to 4294967295"),
+        (dict(device="abacus"), ValueError, "device: expected one of .* got 'abacus'"),
+    ],
+)
+def test_bad_samples(arguments, error, text):
+    with pytest.raises(error, match=text):
+        PopularitySampler(LogUniform(5), 2).sample(**arguments)
+
+
+SAMPLERS = [
+    PopularitySampler(LogUniform(5, first_id=1), 2),
+    PopularitySampler(LogUniform(5, first_id=1), 5),
+    PopularitySampler(Empirical([0, 1, 2, 3, 4, 5]), 2, unique=False),
+    InBatchSampler(LogUniform(5, first_id=1)),
+    InBatchSampler([0, 1, 2, 3, 4, 5]),
+    MixtureSampler([InBatchSampler(LogUniform(5, first_id=1))]),
+    MixtureSampler([PopularitySampler(LogUniform(5, first_id=1), 2)]),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("ids", "at"), [([0], 0), ([1, 5, 6], 2), ([3, -1, 0], 1)])
+def test_positives_that_cannot_be_drawn(sampler, ids, at):
+    text = f"positives.ids: expected ids that the sampler can draw, got {ids[at]} at {at}"
+    with pytest.raises(ValueError, match=text):
+        sampler.sample(np.array(ids))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("positives", "error", "text"),
+    [
+        (np.array([1.0, 2.0]), TypeError, "positives.ids: expected an integer dtype, got float64"),
+        (np.array([True]), TypeError, "positives.ids: expected an integer dtype, got bool"),
+        (np.array([[1, 2]]), ValueError, r"positives.ids: expected shape \(B,\), got \(1, 2\)"),
+        (np.array(1), ValueError, r"positives.ids: expected shape \(B,\), got \(\)"),
+        (Candidates(embeddings=np.eye(2)), ValueError, "positives.ids: expected an array"),
+        ([1, 2], TypeError, "positives.ids: expected an array"),
+    ],
+)
+def test_bad_positives(sampler, positives, error, text):
+    with pytest.raises(error, match=text):
+        sampler.sample(positives)
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if isinstance(s, PopularitySampler)])
+def test_log_q_of_ids_that_are_no_integers(sampler):
+    with pytest.raises(TypeError, match="ids: expected an integer dtype, got float64"):
+        sampler.log_q([1.0])
+
+
+def test_in_batch_needs_a_batch():
+    with pytest.raises(ValueError, match="positives: expected the batch's items, got None"):
+        InBatchSampler([1, 2]).sample()
+    with pytest.raises(ValueError, match="batch_size: expected the number of items"):
+        InBatchSampler([1, 2]).log_q([0])
+    with pytest.raises(ValueError, match="InBatchSampler has no popularity, hence no log q"):
+        InBatchSampler().log_q([0], batch_size=3)
+    with pytest.raises(ValueError, match="counts: expected numbers ≥ 0"):
+        InBatchSampler([1, -2])
+
+
+def test_mixtures_need_sources_with_log_q():
+    with pytest.raises(ValueError, match="samplers: expected at least one, got none"):
+        MixtureSampler([])
+    with pytest.raises(ValueError, match="positives: expected the batch's items, got None"):
+        MixtureSampler([InBatchSampler([1, 2])]).sample()
+    with pytest.raises(ValueError, match="InBatchSampler has no popularity, hence no log q"):
+        MixtureSampler([InBatchSampler()]).sample(np.array([1]))
+
+
+def test_mixture_refuses_a_stream_that_its_members_cannot_have():
+    source = PopularitySampler(LogUniform(5), 2)
+    with pytest.raises(ValueError, match="stream: expected an integer from 0 to 4294967295"):
+        MixtureSampler([source, source]).sample(stream=2**31)
