@@ -77,41 +77,25 @@ def draw_uniforms(out, start, stop, first_tile, k0, k1, step, stream):
             tile[i] = u[i]
 
 
-@njit(nogil=True, cache=True)
-def draw_log_uniform(
-    out, start, stop, first_tile, k0, k1, step, stream, first_id, log2_total, num_items
-):
-    u = np.empty(TILE)
-    words = np.empty((4, COUNTERS), np.uint32)
-    for first in range(start, stop, TILE):
-        _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
-        tile = out[first : min(first + TILE, stop)]
-        for i in range(tile.size):
-            tile[i] = first_id + log_uniform_rank(u[i], log2_total, num_items)
+def _draw(rank):
+    """The kernel that draws ids by the inverse distribution `rank(u, *law)`."""
+
+    @njit(nogil=True, cache=True)
+    def draw(out, start, stop, first_tile, k0, k1, step, stream, first_id, *law):
+        u = np.empty(TILE)
+        words = np.empty((4, COUNTERS), np.uint32)
+        for first in range(start, stop, TILE):
+            _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
+            tile = out[first : min(first + TILE, stop)]
+            for i in range(tile.size):
+                tile[i] = first_id + rank(u[i], *law)
+
+    return draw
 
 
-@njit(nogil=True, cache=True)
-def draw_uniform(out, start, stop, first_tile, k0, k1, step, stream, first_id, num_items):
-    u = np.empty(TILE)
-    words = np.empty((4, COUNTERS), np.uint32)
-    for first in range(start, stop, TILE):
-        _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
-        tile = out[first : min(first + TILE, stop)]
-        for i in range(tile.size):
-            tile[i] = first_id + uniform_rank(u[i], num_items)
-
-
-@njit(nogil=True, cache=True)
-def draw_alias(
-    out, start, stop, first_tile, k0, k1, step, stream, first_id, num_items, threshold, alias
-):
-    u = np.empty(TILE)
-    words = np.empty((4, COUNTERS), np.uint32)
-    for first in range(start, stop, TILE):
-        _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
-        tile = out[first : min(first + TILE, stop)]
-        for i in range(tile.size):
-            tile[i] = first_id + alias_rank(u[i], num_items, threshold, alias)
+draw_log_uniform = _draw(log_uniform_rank)
+draw_uniform = _draw(uniform_rank)
+draw_alias = _draw(alias_rank)
 
 
 @njit(nogil=True, cache=True)
