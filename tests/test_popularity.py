@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
-from zipfneg import Empirical, LogUniform, Uniform, reference
+from zipfneg import Empirical, LogUniform, Uniform, ZipfMandelbrot, reference
 from zipfneg.popularity import MAX_ITEMS, stream_words, uniforms
 
 quietly = settings(derandomize=True, deadline=None, max_examples=40)
@@ -31,6 +31,9 @@ LAWS = [
     Uniform(1),
     Uniform(31, first_id=2),
     Uniform(1009),
+    ZipfMandelbrot(1, 1.0),
+    ZipfMandelbrot(1009, 1.0, first_id=3),
+    ZipfMandelbrot(1009, 0.7, 2.5),
     Empirical([3]),
     Empirical([0, 5, 0, 1e-9, 2, 0], first_id=4),
     Empirical(some_counts(1009), power=0.75),
@@ -48,6 +51,13 @@ def laws(max_items=200):
     return st.one_of(
         st.builds(LogUniform, st.integers(1, MAX_ITEMS), first_id=first_id),
         st.builds(Uniform, st.integers(1, MAX_ITEMS), first_id=first_id),
+        st.builds(
+            ZipfMandelbrot,
+            st.integers(1, MAX_ITEMS),
+            st.floats(0, 2),
+            st.floats(-0.9, 100),
+            first_id=first_id,
+        ),
         st.builds(
             Empirical,
             st.lists(st.integers(0, 10**9), min_size=1, max_size=max_items).filter(any),
@@ -97,6 +107,15 @@ def test_draws_follow_their_uniforms_by_hand():
     assert (Uniform(9, first_id=2).draw(1000, seed=7, step=1, stream=2) == 9 * u // 1 + 2).all()
 
 
+def test_zipf_mandelbrot_by_hand():
+    law = ZipfMandelbrot(3, 2, shift=1, first_id=4)
+    # 1/4, 1/9, 1/16
+    weights = np.array([36, 16, 9]) / 61
+    assert np.exp(law.log_prob([3, 4, 5, 6, 7])) == pytest.approx([0, *weights, 0], rel=1e-15)
+    assert law.cdf([3, 4, 5, 6, 7]) == pytest.approx([0, 36 / 61, 52 / 61, 1, 1], rel=1e-15)
+    assert law.ppf([0, 0.59, 0.6, 0.86, 1]).tolist() == [4, 4, 5, 6, 6]
+
+
 # Against SciPy, the reference and exact arithmetic
 
 
@@ -104,6 +123,49 @@ def test_draws_follow_their_uniforms_by_hand():
 def test_log_uniform_against_the_reference(num_items):
     log_prob = LogUniform(num_items).log_prob(np.arange(num_items))
     assert log_prob == pytest.approx(np.log(reference.log_uniform_prob(num_items)), rel=1e-14)
+
+
+@pytest.mark.parametrize("num_items", [1, 63, 64, 65, 1009])
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 1.0000001, 2.5, 30.0])
+def test_zipf_mandelbrot_against_scipy(num_items, exponent):
+    law, ids = ZipfMandelbrot(num_items, exponent, first_id=1), np.arange(1, num_items + 1)
+    if exponent:
+        expected = stats.zipfian(exponent, num_items)
+        assert law.log_prob(ids) == pytest.approx(expected.logpmf(ids), rel=1e-12, abs=1e-13)
+        assert law.cdf(ids) == pytest.approx(expected.cdf(ids), rel=1e-12)
+    else:
+        assert law.log_prob(ids) == pytest.approx(-np.log(num_items), rel=1e-13)
+
+
+@pytest.mark.parametrize("num_items", [66, 10**6, 10**9, MAX_ITEMS])
+@pytest.mark.parametrize(("exponent", "shift"), [(1.2, 2.7), (2.0, -0.99), (3.0, 1000.0)])
+def test_zipf_mandelbrot_sums_against_the_hurwitz_zeta(num_items, exponent, shift):
+    law = ZipfMandelbrot(num_items, exponent, shift)
+    total = special.zeta(exponent, 1 + shift) - special.zeta(exponent, num_items + 1 + shift)
+    ids = np.array([0, 1, 63, 64, 65, num_items // 2, num_items - 1])
+    expected = -exponent * np.log(ids + 1 + shift) - np.log(total)
+    assert law.log_prob(ids) == pytest.approx(expected, rel=1e-12)
+    below = special.zeta(exponent, 1 + shift) - special.zeta(exponent, ids + 2 + shift)
+    assert law.cdf(ids) == pytest.approx(below / total, rel=1e-10)
+
+
+@pytest.mark.parametrize(("exponent", "shift"), [(0.0, 0.0), (0.8, 3.0), (1.0, 0.0), (1.7, -0.5)])
+@pytest.mark.parametrize("num_items", [64, 65, 1009])
+def test_zipf_mandelbrot_on_a_grid(num_items, exponent, shift):
+    grid, size = (np.arange(3_000_017) + 0.5) / 3_000_017, 3_000_017
+
+    def farthest(law):
+        counts = np.bincount(law._rank(grid), minlength=num_items)
+        return abs(
+            counts
+            - size
+            * np.exp(ZipfMandelbrot(num_items, exponent, shift).log_prob(np.arange(num_items)))
+        ).max()
+
+    assert farthest(ZipfMandelbrot(num_items, exponent, shift)) <= 1
+    # A range off by one, and an exponent off by 1 %.
+    assert farthest(ZipfMandelbrot(num_items - 1, exponent, shift)) > 1
+    assert farthest(ZipfMandelbrot(num_items, exponent + 0.01, shift)) > 1
 
 
 @pytest.mark.parametrize("num_items", [10**6, 10**9])
@@ -597,3 +659,19 @@ def test_int32_that_does_not_hold_the_ids():
     with pytest.raises(ValueError, match="out: int32 does not hold this law's ids; use int64"):
         Uniform(2, first_id=2**31 - 1).draw(3, seed=0, out=out)
     assert (Uniform(1, first_id=2**31 - 1).draw(3, seed=0, out=out) == 2**31 - 1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ((10, -0.1), ValueError, "exponent: expected a number ≥ 0, got -0.1"),
+        ((10, float("nan")), ValueError, "exponent: expected a number ≥ 0, got nan"),
+        ((10, float("inf")), ValueError, "exponent: expected a number ≥ 0, got inf"),
+        ((10, "1"), ValueError, "exponent: expected a number ≥ 0, got '1'"),
+        ((10, 1.0, -1.0), ValueError, "shift: expected a number above −1, got -1.0"),
+        ((0, 1.0), ValueError, "num_items: expected an integer from 1"),
+    ],
+)
+def test_bad_zipf_mandelbrot(arguments, error, text):
+    with pytest.raises(error, match=text):
+        ZipfMandelbrot(*arguments)

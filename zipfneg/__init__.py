@@ -10,7 +10,7 @@ from .loss import (
     sampled_softmax_loss,
     sampled_softmax_value_and_grad,
 )
-from .popularity import Empirical, LogUniform, Uniform
+from .popularity import Empirical, LogUniform, Uniform, ZipfMandelbrot
 from .retrieval import Ranks, TopK, full_softmax_loss, log_normalizer, rank, scores, top_k
 from .sampling import Draw, InBatchSampler, MixtureSampler, PopularitySampler
 
@@ -32,6 +32,7 @@ __all__ = [
     "RowGrads",
     "TopK",
     "Uniform",
+    "ZipfMandelbrot",
     "as_array",
     "full_softmax_loss",
     "log_normalizer",

@@ -4,6 +4,8 @@ Each function takes and returns scalars, compiles under Numba for either target 
 plain Python. Every literal is cast: Numba promotes ``uint64`` with ``int64`` to ``float64``.
 """
 
+import math
+
 import numpy as np
 from numba.extending import register_jitable
 
@@ -97,6 +99,37 @@ def log_uniform_rank(u, log2_total, num_items):
 def uniform_rank(u, num_items):
     """Inverse of the uniform law: floor(N·u)."""
     return min(i64(u * f64(num_items)), num_items - i64(1))
+
+
+@register_jitable
+def zipf_mandelbrot_rank(u, num_items, head, exponent, offset, scale, lead):
+    """Inverse of P(k) ∝ (k + offset)**−exponent: the head by search, the rest in closed form.
+
+    `head` holds the first cumulative probabilities. Behind it, Σ_{j ≤ k} f(j) is ∫ f up to
+    y = k + 1/2 + offset, less f′/24 and smaller terms (the midpoint rule's Euler-Maclaurin sum).
+    With x where the tail starts, the integral is x·f(x)·expm1(e·log(y/x))/e, e = 1 − exponent, and
+    is inverted exactly; f′/24 then moves y by exponent/(24·y). `scale` is the sum over all ids in
+    units of x·f(x), `lead` the small terms at x in the same unit.
+    """
+    last = head.size - 1
+    if u <= head[last]:
+        low, high = 0, last
+        while low < high:
+            middle = (low + high) // 2
+            if head[middle] < u:
+                low = middle + 1
+            else:
+                high = middle
+        return i64(low)
+    x = f64(head.size) - f64(0.5) + offset
+    e = f64(1.0) - exponent
+    log_ratio = (u - head[last]) * scale + lead
+    if e != f64(0.0):
+        log_ratio = math.log1p(max(e * log_ratio, f64(-1.0 + 2.0**-53))) / e
+    y = min(x * math.exp(min(log_ratio, f64(700.0))), f64(num_items) + offset)
+    y -= exponent / (f64(24.0) * y)
+    rank = i64(math.floor(y - offset + f64(0.5)))
+    return max(i64(head.size), min(rank, num_items - i64(1)))
 
 
 @register_jitable

@@ -1,5 +1,7 @@
 """Draws from the popularity laws."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -13,6 +15,7 @@ from ..scalar import (
     u64,
     uniform_53,
     uniform_rank,
+    zipf_mandelbrot_rank,
 )
 
 # Counters in a tile: its words stay in the first-level cache between the passes below.
@@ -77,9 +80,14 @@ def draw_uniforms(out, start, stop, first_tile, k0, k1, step, stream):
             tile[i] = u[i]
 
 
-def _draw(rank):
-    """The kernel that draws ids by the inverse distribution `rank(u, *law)`."""
+class Kernel(NamedTuple):
+    """What a law's inverse distribution `rank(u, *law)` compiles to."""
 
+    draw: Any
+    invert: Any
+
+
+def _kernel(rank):
     @njit(nogil=True, cache=True)
     def draw(out, start, stop, first_tile, k0, k1, step, stream, first_id, *law):
         u = np.empty(TILE)
@@ -90,12 +98,18 @@ def _draw(rank):
             for i in range(tile.size):
                 tile[i] = first_id + rank(u[i], *law)
 
-    return draw
+    @njit(nogil=True, cache=True)
+    def invert(out, u, *law):
+        for i in range(u.size):
+            out[i] = rank(u[i], *law)
+
+    return Kernel(draw, invert)
 
 
-draw_log_uniform = _draw(log_uniform_rank)
-draw_uniform = _draw(uniform_rank)
-draw_alias = _draw(alias_rank)
+log_uniform = _kernel(log_uniform_rank)
+uniform = _kernel(uniform_rank)
+zipf_mandelbrot = _kernel(zipf_mandelbrot_rank)
+alias = _kernel(alias_rank)
 
 
 @njit(nogil=True, cache=True)
