@@ -675,3 +675,56 @@ def test_int32_that_does_not_hold_the_ids():
 def test_bad_zipf_mandelbrot(arguments, error, text):
     with pytest.raises(error, match=text):
         ZipfMandelbrot(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("num_items", "exponent", "shift"), [(2000, 1.3, 2.2), (10**5, 0.8, -0.3), (50, 2.5, 10.0)]
+)
+def test_a_fit_to_the_law_itself_finds_it(num_items, exponent, shift):
+    law = ZipfMandelbrot(num_items, exponent, shift)
+    found = ZipfMandelbrot.fit(np.exp(law.log_prob(np.arange(num_items))), first_id=4)
+    assert found.exponent == pytest.approx(exponent, rel=1e-5)
+    assert found.shift == pytest.approx(shift, rel=1e-4)
+    assert abs(found.fitted.kl) < 1e-9
+    assert found.fitted.ks < 1e-6
+    assert found.first_id == 4
+    assert law.fitted is None
+
+
+def test_standard_errors_cover_the_truth():
+    law = ZipfMandelbrot(300, 1.5, 4.0)
+    deviations = []
+    for seed in range(40):
+        counts = np.bincount(law.draw(2_000_000, seed=seed), minlength=300)
+        found = ZipfMandelbrot.fit(counts)
+        deviations.append(
+            [
+                (found.exponent - 1.5) / found.fitted.exponent_error,
+                (found.shift - 4.0) / found.fitted.shift_error,
+            ]
+        )
+    # Means of 40 standard normals, and their spread.
+    assert (np.abs(np.mean(deviations, axis=0)) < 5 / 40**0.5).all()
+    assert ((np.std(deviations, axis=0) > 0.6) & (np.std(deviations, axis=0) < 1.6)).all()
+
+
+def test_goodness_of_fit_tells_laws_apart():
+    ids = np.arange(5000)
+    good = ZipfMandelbrot.fit(np.exp(ZipfMandelbrot(5000, 1.0).log_prob(ids)))
+    # Log-normal popularity is no power law.
+    bad = ZipfMandelbrot.fit(np.exp(-0.5 * (np.log1p(ids) - 1) ** 2))
+    assert bad.fitted.kl > 100 * abs(good.fitted.kl)
+    assert bad.fitted.kl == pytest.approx(kl_of(bad, np.exp(-0.5 * (np.log1p(ids) - 1) ** 2)))
+
+
+def kl_of(law, counts):
+    share = np.sort(counts)[::-1] / counts.sum()
+    seen = share > 0
+    return (share[seen] * (np.log(share[seen]) - law.log_prob(np.flatnonzero(seen)))).sum()
+
+
+def test_fits_that_cannot_be():
+    with pytest.raises(ValueError, match="counts: expected three ids or more above zero"):
+        ZipfMandelbrot.fit([5, 4, 0])
+    with pytest.raises(ValueError, match="counts: expected numbers ≥ 0, got -1.0 at 1"):
+        ZipfMandelbrot.fit([5, -1, 2])

@@ -3,6 +3,7 @@
 from .candidates import Candidates
 from .contrastive import Contrastive, ContrastiveGrads, ContrastiveOutput, RowGrads
 from .interop import as_array
+from .logq import FrequencyEstimator
 from .loss import (
     Grads,
     sampled_softmax_backward,
@@ -23,6 +24,7 @@ __all__ = [
     "ContrastiveOutput",
     "Draw",
     "Empirical",
+    "FrequencyEstimator",
     "Grads",
     "InBatchSampler",
     "LogUniform",

@@ -1,10 +1,10 @@
 """The boundary: arrays of any framework in, the same framework and device out.
 
-No framework is imported here. An array's framework is already loaded, or it could not exist; it
-is looked up by the name of the array's type.
+No framework is imported here: the framework of an array is already loaded, or it could not exist.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -15,21 +15,20 @@ from .checks import NDArray
 # An array of NumPy, CuPy, PyTorch, JAX or TensorFlow.
 Array = Any
 
-_FRAMEWORKS = {
-    "numpy": "numpy",
-    "cupy": "cupy",
-    "torch": "torch",
-    "jax": "jax",
-    "jaxlib": "jax",
-    "tensorflow": "tensorflow",
+_ARRAY_TYPES = {
+    "numpy": ("ndarray", "generic"),
+    "cupy": ("ndarray",),
+    "torch": ("Tensor",),
+    "jax": ("Array",),
+    "tensorflow": ("Tensor", "Variable"),
 }
 
 
 def _framework(x: Any) -> str | None:
-    for cls in type(x).__mro__:
-        name = _FRAMEWORKS.get(cls.__module__.partition(".")[0])
-        if name is not None:
-            return name
+    for framework, names in _ARRAY_TYPES.items():
+        module = sys.modules.get(framework)
+        if isinstance(x, tuple(getattr(module, name) for name in names if hasattr(module, name))):
+            return framework
     return None
 
 
@@ -45,9 +44,10 @@ def as_array(x: Array, name: str = "x") -> NDArray:
     Raises
     ------
     TypeError
-        For what is no array (a list, a data frame), cannot be viewed (a JAX tracer, a sparse or
-        fake tensor) or would lose its meaning in a view: a tensor that requires grad, one with
-        its lazy negative or conjugate bit set, a masked array, a ``tf.Variable``.
+        For what is no array (a list, a data frame), has no memory to view (a JAX tracer, a sparse
+        or fake tensor, an array over several devices), lies on a device whose library is missing,
+        or would lose its meaning in a view: a tensor that requires grad, one with its lazy
+        negative or conjugate bit set, a masked array, a ``tf.Variable``; or holds no numbers.
 
     Examples
     --------
@@ -56,90 +56,105 @@ def as_array(x: Array, name: str = "x") -> NDArray:
     >>> zipfneg.as_array(x) is x
     True
     """
-    framework = _framework(x)
-    try:
-        if framework == "numpy":
-            return _from_numpy(x, name)
-        if framework == "cupy":
-            return x
-        if framework == "torch":
-            return _from_torch(x, name)
-        if framework == "jax":
-            return _from_jax(x, name)
-        if framework == "tensorflow":
-            return _from_tensorflow(x, name)
-        if hasattr(x, "__dlpack__"):
-            return _from_dlpack(x)
-    except (RuntimeError, BufferError, ValueError, AttributeError, NotImplementedError) as error:
+    view = _VIEWS.get(_framework(x), _from_dlpack if hasattr(x, "__dlpack__") else None)
+    if view is None:
         raise TypeError(
-            f"{name}: this {_type_name(x)} cannot be viewed as an array: {error}"
-        ) from error
-    raise TypeError(
-        f"{name}: expected an array (NumPy, CuPy, PyTorch, JAX, TensorFlow, or another exporter "
-        f"of DLPack), got {_type_name(x)}; convert it first, for instance by numpy.asarray"
-    )
+            f"{name}: expected an array (NumPy, CuPy, PyTorch, JAX, TensorFlow, or another "
+            f"exporter of DLPack), got {_type_name(x)}; convert it first, for instance by "
+            f"numpy.asarray"
+        )
+    try:
+        return view(x)
+    except Exception as error:  # exporters raise what they like; none names the argument
+        raise TypeError(f"{name}: cannot view this {_type_name(x)}: {error}") from error
 
 
 def _type_name(x: Any) -> str:
     return f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
 
 
-def _from_numpy(x: Any, name: str) -> NDArray:
+def _from_numpy(x: Any) -> NDArray:
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name}: a masked array would lose its mask; pass x.filled(...) instead")
-    if not isinstance(x, np.ndarray | np.generic):
-        raise TypeError(f"{name}: expected an array, got {_type_name(x)}")
+        raise TypeError("it would lose its mask; pass x.filled(...) instead")
+    if x.dtype.kind not in "biufcV" or x.dtype.hasobject:  # V: bfloat16 among others
+        raise TypeError(f"{x.dtype} is not numeric")
+    if not x.dtype.isnative:  # equal to no dtype by name, and foreign to kernels and frameworks
+        raise TypeError(f"the bytes of {x.dtype} are swapped; convert it to {x.dtype.name} first")
     return np.asarray(x)
 
 
 def _from_dlpack(x: Any) -> NDArray:
-    device_type, _ = x.__dlpack_device__()
-    if device_type == 1:
+    device_type, device_id = x.__dlpack_device__()
+    if device_type in (1, 3):  # the CPU's memory, pageable or pinned
         return np.from_dlpack(x)
-    import cupy
-
+    if device_type not in (2, 13):  # CUDA's memory, plain or managed
+        raise TypeError(f"it lives on a device of DLPack type {device_type}, not a CPU or CUDA's")
+    try:
+        import cupy
+    except ImportError as error:
+        raise TypeError(
+            f"it lives on cuda:{device_id}, which takes CuPy: install zipfneg[cu12] or [cu13]"
+        ) from error
     return cupy.from_dlpack(x)
 
 
-def _from_torch(x: Any, name: str) -> NDArray:
+def _from_torch(x: Any) -> NDArray:
     torch = sys.modules["torch"]
-    if x.requires_grad:
+    # Subclasses that dispatch for themselves (fake, distributed, nested) and functionalized
+    # tensors export memory that is not theirs, and some do so without an error.
+    dispatches = type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if dispatches or torch._is_functional_tensor(x):
         raise TypeError(
-            f"{name}: this tensor requires grad, and a view would cut it from its graph; pass "
-            f"{name}.detach() and apply the returned gradients yourself"
+            "it is fake, nested, distributed or functionalized, without plain memory of its own; "
+            "call zipfneg outside tracing, on plain tensors"
+        )
+    if x.requires_grad or torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise TypeError(
+            "it requires grad, and a view would cut it from its graph; pass x.detach(), and apply "
+            "the returned gradients yourself"
         )
     if x.is_neg() or x.is_conj():
-        raise TypeError(
-            f"{name}: this tensor is a lazy negative or conjugate; pass "
-            f"{name}.resolve_conj().resolve_neg()"
-        )
+        raise TypeError("it is a lazy negative or conjugate; pass x.resolve_conj().resolve_neg()")
     if x.dtype == torch.bfloat16:
-        return _from_dlpack(x.view(torch.int16)).view(ml_dtypes.bfloat16)
-    return _from_dlpack(x)
+        return _from_torch(x.view(torch.int16)).view(ml_dtypes.bfloat16)
+    # By DLPack, NumPy takes the tensors of older PyTorch versions for read-only.
+    return x.numpy() if x.device.type == "cpu" else _from_dlpack(x)
 
 
-def _from_jax(x: Any, name: str) -> NDArray:
+def _from_jax(x: Any) -> NDArray:
     jax = sys.modules["jax"]
     if isinstance(x, jax.core.Tracer):
-        raise TypeError(
-            f"{name}: this is a JAX tracer, not an array: call zipfneg outside jit, grad and vmap"
-        )
+        raise TypeError("it is a JAX tracer, not an array: call zipfneg outside jit, grad and vmap")
+    if len(x.devices()) > 1:
+        raise TypeError("it lives on several devices; pass the part of one, x.addressable_data(i)")
     if x.dtype == ml_dtypes.bfloat16 and next(iter(x.devices())).platform == "cpu":
         return np.asarray(x)  # JAX does not export bfloat16; on the CPU this is a view
     return _from_dlpack(x)
 
 
-def _from_tensorflow(x: Any, name: str) -> NDArray:
+def _from_tensorflow(x: Any) -> NDArray:
     tf = sys.modules["tensorflow"]
     if isinstance(x, tf.Variable):
-        raise TypeError(f"{name}: this is a tf.Variable; pass {name}.value()")
+        raise TypeError("it is a tf.Variable, which may change; pass x.value()")
     if not hasattr(x, "numpy"):
-        raise TypeError(
-            f"{name}: this is a symbolic tensor, not an array: call zipfneg outside tf.function"
-        )
-    if x.dtype in (tf.bfloat16, tf.bool) and ":CPU:" in x.device:
-        return x.numpy()  # not exported by DLPack in every version
-    return _from_dlpack(x)
+        raise TypeError("it is a symbolic tensor, not an array: call zipfneg outside tf.function")
+    if not (x.dtype.is_floating or x.dtype.is_integer or x.dtype.is_bool or x.dtype.is_complex):
+        raise TypeError(f"{x.dtype.name} is not numeric")  # to export strings aborts the process
+    if ":CPU:" not in x.device:
+        return _from_dlpack(x)
+    # A view like DLPack's, but of every dtype; of a tensor without dimensions a copy.
+    view = np.asarray(x.__array__())
+    view.flags.writeable = False  # TensorFlow's tensors never change
+    return view
+
+
+_VIEWS: dict[str | None, Callable[[Any], NDArray]] = {
+    "numpy": _from_numpy,
+    "cupy": lambda x: x,
+    "torch": _from_torch,
+    "jax": _from_jax,
+    "tensorflow": _from_tensorflow,
+}
 
 
 class Home(NamedTuple):
@@ -152,10 +167,14 @@ class Home(NamedTuple):
         return f"{self.framework} on {self.device}"
 
     def give(self, array: NDArray) -> Array:
-        """`array`, which the caller owns, as an array of this framework on this device."""
+        """`array`, which nobody changes any more, as one of this framework on this device."""
+        if self.framework == "numpy":
+            return array
+        # Frameworks may keep the memory they are given: it must be of no one else. A negative
+        # stride aborts the process in torch, whose tensors are also writable whatever NumPy says.
+        array = np.require(array, requirements=["C", "W", "O"])
         if self.framework == "torch":
             torch = sys.modules["torch"]
-            array = np.require(array, requirements=["C", "W"])
             if array.dtype == ml_dtypes.bfloat16:
                 return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
             return torch.from_numpy(array)
@@ -166,7 +185,7 @@ class Home(NamedTuple):
             tf = sys.modules["tensorflow"]
             with tf.device(self.device):
                 return tf.convert_to_tensor(array)
-        return array
+        raise NotImplementedError(f"results cannot be returned to {self} in this version")
 
 
 NUMPY = Home("numpy", "cpu")
@@ -222,7 +241,7 @@ def borrow(arrays: dict[str, Array | None]) -> tuple[Home, dict[str, Any]]:
         elif place != common:
             raise TypeError(
                 f"{name}: expected an array of {common}, as {first} is, got one of {place}; "
-                f"nothing is moved silently, so move one of them"
+                f"nothing is moved silently, so convert one of them"
             )
         if not isinstance(view, np.ndarray):
             raise NotImplementedError(
@@ -231,3 +250,11 @@ def borrow(arrays: dict[str, Array | None]) -> tuple[Home, dict[str, Any]]:
             )
         views[name] = view
     return common or NUMPY, views
+
+
+def view_of(name: str, x: Any) -> tuple[Any, NDArray]:
+    """Numbers and sequences are welcome where nothing is timed."""
+    if isinstance(x, int | float | list | tuple | range):
+        return NUMPY, np.asarray(x)
+    place, views = borrow({name: x})
+    return place, views[name]

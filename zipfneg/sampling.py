@@ -11,8 +11,8 @@ from . import checks, logq
 from .candidates import Candidates
 from .checks import NDArray
 from .cpu import sampling as kernels
-from .interop import NUMPY, Array, Home, as_array, borrow
-from .popularity import Empirical, Law, stream_words, uniforms, view_of
+from .interop import NUMPY, Array, Home, as_array, borrow, view_of
+from .popularity import Empirical, Law, stream_words, uniforms
 
 
 class Draw(NamedTuple):
@@ -197,9 +197,10 @@ class InBatchSampler:
 
     Parameters
     ----------
-    popularity : how often each item is a positive: a law, or counts indexed by id. It gives
-        log q = log(B·f), repeats in the batch being slots of their own. None leaves log q
-        unknown: nothing is then subtracted, and popular items are pushed down for being popular.
+    popularity : how often each item is a positive: a law or counts indexed by id, which give
+        log q = log(B·f), repeats in the batch being slots of their own; or a
+        `FrequencyEstimator`, which estimates that count itself. None leaves log q unknown:
+        nothing is then subtracted, and popular items are pushed down for being popular.
 
     Examples
     --------
@@ -214,7 +215,9 @@ class InBatchSampler:
     popularity: Any = None
 
     def __post_init__(self) -> None:
-        if self.popularity is not None and not hasattr(self.popularity, "log_prob"):
+        if self.popularity is not None and not (
+            hasattr(self.popularity, "log_prob") or hasattr(self.popularity, "log_q")
+        ):
             object.__setattr__(self, "popularity", Empirical(self.popularity))
 
     def sample(
@@ -238,6 +241,8 @@ class InBatchSampler:
         """log(B·f) of each id, in float64; `batch_size` is B."""
         if self.popularity is None:
             raise ValueError("InBatchSampler has no popularity, hence no log q: pass popularity=")
+        if hasattr(self.popularity, "log_q"):
+            return self.popularity.log_q(ids)
         if batch_size is None:
             raise ValueError("batch_size: expected the number of items in a batch, got None")
         place, view = view_of("ids", ids)
