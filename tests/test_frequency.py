@@ -63,7 +63,7 @@ def test_estimates_converge_to_what_the_mode_says():
         found[mode] = 1 / np.exp(readings).mean(axis=0)
         assert found[mode] == pytest.approx(expected[mode], rel=0.1)
     # The two differ for the head, and each would be refused in the other's place.
-    assert not found["count"][:3] == pytest.approx(expected["probability"][:3], rel=0.3)
+    assert found["count"][:3] != pytest.approx(expected["probability"][:3], rel=0.3)
 
 
 def test_more_hashes_are_hurt_less_by_collisions():

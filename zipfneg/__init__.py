@@ -1,6 +1,7 @@
 """Zipf-distributed negatives, their exact log q, and losses with hand-derived gradients."""
 
 from .candidates import Candidates
+from .checking import SamplerReport, check_sampler
 from .contrastive import Contrastive, ContrastiveGrads, ContrastiveOutput, RowGrads
 from .interop import as_array
 from .logq import FrequencyEstimator
@@ -32,10 +33,12 @@ __all__ = [
     "PopularitySampler",
     "Ranks",
     "RowGrads",
+    "SamplerReport",
     "TopK",
     "Uniform",
     "ZipfMandelbrot",
     "as_array",
+    "check_sampler",
     "full_softmax_loss",
     "log_normalizer",
     "rank",

@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+
+from zipfneg import (
+    Empirical,
+    FrequencyEstimator,
+    InBatchSampler,
+    LogUniform,
+    MixtureSampler,
+    PopularitySampler,
+    Uniform,
+    ZipfMandelbrot,
+    check_sampler,
+)
+
+LAW = LogUniform(1000, first_id=1)
+IDS = np.arange(1, 1001)
+
+
+def batch(step, size=64):
+    return LAW.draw(size, seed=99, step=step)
+
+
+class WithLogQ:
+    """A sampler with another log q than its own."""
+
+    def __init__(self, sampler, log_q):
+        self.sampler, self.wrong = sampler, log_q
+
+    def sample(self, positives=None, *, step=0):
+        draw = self.sampler.sample(positives, step=step)
+        log_q = self.log_q(draw.negatives.ids)
+        return draw._replace(negatives=draw.negatives._replace(log_q=log_q))
+
+    def log_q(self, ids, *, batch_size=None):
+        return self.wrong(np.asarray(ids))
+
+
+def failed(report):
+    return " ".join(check.name for check in report.failures)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        PopularitySampler(LogUniform(1000), 100),
+        PopularitySampler(LogUniform(1000, first_id=1), 500),
+        PopularitySampler(LogUniform(1000), 1000),
+        PopularitySampler(LogUniform(20_000), 1000, unique=False),
+        PopularitySampler(ZipfMandelbrot(5000, 1.3, 2.0, first_id=3), 300),
+        PopularitySampler(Uniform(300), 30, seed=5),
+        PopularitySampler(Empirical([5, 0, 3, 1, 0.5] * 40, power=0.75), 100),
+        PopularitySampler(LogUniform(1), 1),
+    ],
+    ids=lambda sampler: f"{type(sampler.law).__name__}-{sampler.num_sampled}",
+)
+def test_popularity_samplers_are_what_they_claim(sampler):
+    report = check_sampler(sampler)
+    assert report, str(report)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        InBatchSampler(LAW),
+        MixtureSampler([InBatchSampler(LAW), PopularitySampler(LAW, 50)]),
+        MixtureSampler([PopularitySampler(LAW, 50), PopularitySampler(Uniform(1001), 50)]),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_sources_and_mixtures_are_what_they_claim(sampler):
+    report = check_sampler(sampler, ids=np.arange(1001), positives=batch)
+    assert report, str(report)
+
+
+def test_an_estimated_popularity_is_right_where_it_saw_enough():
+    estimator = FrequencyEstimator(100_003, decay=0.002)
+    for step in range(4000):
+        estimator.update(LAW.draw(64, seed=7, step=step), step)
+    sampler = InBatchSampler(estimator)
+    report = check_sampler(sampler, ids=IDS, positives=batch, tolerance=0.25)
+    assert not any("group 1 " in check.name for check in report.failures), str(report)
+
+
+@pytest.mark.parametrize(
+    ("log_q", "text"),
+    [
+        # S in place of the number of tries.
+        (lambda ids: np.log(-np.expm1(100 * np.log1p(-np.exp(LAW.log_prob(ids))))), "group"),
+        # The table shifted by one.
+        (lambda ids: PopularitySampler(LAW, 100).log_q(np.maximum(ids - 1, 1)), "copies of id"),
+        # P itself, for S·P.
+        (LAW.log_prob, "copies of id"),
+        # The log q of draws with replacement.
+        (lambda ids: LAW.log_prob(ids) + np.log(100), "copies of id 1 "),
+    ],
+    ids=["tries", "shift", "share", "replacement"],
+)
+def test_a_wrong_log_q_is_named(log_q, text):
+    report = check_sampler(WithLogQ(PopularitySampler(LAW, 100), log_q), ids=IDS)
+    assert not report
+    assert text in failed(report) + " "
+    assert "FAILED" in str(report)
+
+
+def test_a_mixture_that_forgets_its_other_source_is_rejected():
+    mixture = MixtureSampler([PopularitySampler(LAW, 50), PopularitySampler(LAW, 50)])
+    assert check_sampler(mixture, ids=IDS, positives=batch)
+    assert not check_sampler(WithLogQ(mixture, mixture.samplers[0].log_q), ids=IDS)
+
+
+def test_a_sampler_for_another_popularity_is_rejected():
+    assert not check_sampler(InBatchSampler(Uniform(1001)), ids=IDS, positives=batch)
+
+
+def test_draws_that_do_not_repeat_or_never_change_are_named():
+    class Restless:
+        def __init__(self, calls_matter):
+            self.calls, self.calls_matter = 0, calls_matter
+
+        def sample(self, positives=None, *, step=0):
+            self.calls += 1
+            return PopularitySampler(LAW, 9).sample(step=self.calls * self.calls_matter)
+
+        log_q = PopularitySampler(LAW, 9).log_q
+
+    assert "again gives the same" in failed(check_sampler(Restless(1), ids=IDS, num_draws=50))
+    assert "another step" in failed(check_sampler(Restless(0), ids=IDS, num_draws=50))
+
+
+def test_ids_out_of_range_are_named():
+    report = check_sampler(PopularitySampler(LAW, 9), ids=IDS[:-500])
+    assert "outside" in failed(report)
+
+
+def test_the_range_must_be_known():
+    with pytest.raises(ValueError, match="ids: expected all ids that the sampler can give"):
+        check_sampler(InBatchSampler(LAW), positives=batch)
