@@ -161,12 +161,13 @@ class ContrastiveOutput:
             {
                 "queries": queries,
                 "positive_ids": positive_ids,
-                "embeddings": side.embeddings,
-                "bias": side.bias,
+                f"{name}.embeddings": side.embeddings,
+                f"{name}.bias": side.bias,
                 "sample_weight": sample_weight,
             }
         )
-        ids, embeddings, bias = given["positive_ids"], given["embeddings"], given["bias"]
+        ids = given["positive_ids"]
+        embeddings, bias = given[f"{name}.embeddings"], given[f"{name}.bias"]
         if ids is None:
             raise ValueError("positive_ids: expected an array (B,), got None")
         if embeddings is None or embeddings.ndim != 2:

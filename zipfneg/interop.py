@@ -56,6 +56,8 @@ def as_array(x: Array, name: str = "x") -> NDArray:
     >>> zipfneg.as_array(x) is x
     True
     """
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: a masked array would lose its mask; pass x.filled(...) instead")
     view = _VIEWS.get(_framework(x), _from_dlpack if hasattr(x, "__dlpack__") else None)
     if view is None:
         raise TypeError(
@@ -74,8 +76,6 @@ def _type_name(x: Any) -> str:
 
 
 def _from_numpy(x: Any) -> NDArray:
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError("it would lose its mask; pass x.filled(...) instead")
     if x.dtype.kind not in "biufcV" or x.dtype.hasobject:  # V: bfloat16 among others
         raise TypeError(f"{x.dtype} is not numeric")
     if not x.dtype.isnative:  # equal to no dtype by name, and foreign to kernels and frameworks

@@ -90,6 +90,8 @@ class Law:
         int64 array of ids (int32 in JAX without x64).
         """
         place, view = view_of("u", u)
+        if view.dtype.kind not in "iu":
+            checks.floating("u", view)
         u = view.astype(np.float64)
         if not ((u >= 0) & (u <= 1)).all():
             raise ValueError("u: expected probabilities from 0 to 1, got values outside")
