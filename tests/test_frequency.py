@@ -11,13 +11,16 @@ def zipf_batches(num_items=50, size=32, steps=3000, seed=0):
     return p, rng.choice(num_items, (steps, size), p=p)
 
 
-def by_the_book(batches, num_buckets_of, decay):
-    """Algorithm 2 of Yi et al. as it stands: one item after the other, first gap kept whole."""
+def bucket_by_bucket(batches, bucket_of, decay):
+    """The rule as it stands, in plain Python: the copies of a batch share the gap."""
     seen_at, gap = {}, {}
     for t, batch in enumerate(batches):
-        for h in map(num_buckets_of, batch):
-            since = t - seen_at.get(h, -1)
-            gap[h] = (1 - decay) * gap[h] + decay * since if h in gap else since
+        buckets = [bucket_of(item) for item in batch]
+        for h in set(buckets):
+            copies = buckets.count(h)
+            for _ in range(copies):
+                share = (t - seen_at.get(h, -1)) / copies
+                gap[h] = (1 - decay) * gap[h] + decay * share if h in gap else share
             seen_at[h] = t
     return gap
 
@@ -35,17 +38,26 @@ def test_regular_sightings_by_hand():
 
 @pytest.mark.parametrize("decay", [0.02, 0.5, 1.0])
 @pytest.mark.parametrize("num_buckets", [7, 100_000])
-def test_batches_equal_one_item_after_the_other(decay, num_buckets):
+def test_batches_equal_one_bucket_after_the_other(decay, num_buckets):
     _, batches = zipf_batches(steps=60)
     estimator = FrequencyEstimator(num_buckets, decay=decay, seed=3)
     for step, batch in enumerate(batches):
         estimator.update(batch, step)
-    gaps = by_the_book(batches, lambda i: int(estimator._buckets(np.array([i]))[0, 0]), decay)
+    gaps = bucket_by_bucket(batches, lambda i: int(estimator._buckets(np.array([i]))[0, 0]), decay)
     for item in np.unique(batches):
         bucket = int(estimator._buckets(np.array([item]))[0, 0])
         with np.errstate(divide="ignore"):
             expected = -np.log(gaps[bucket])
         assert estimator.log_q([item])[0] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("copies", [1, 10, 1000])
+@pytest.mark.parametrize("decay", [0.05, 1.0])
+def test_many_copies_are_counted_as_many(copies, decay):
+    estimator = FrequencyEstimator(100, decay=decay)
+    for step in range(300):
+        estimator.update(np.full(copies, 7), step)
+    assert np.exp(estimator.log_q([7])) == pytest.approx([copies])
 
 
 def test_estimates_converge_to_what_the_mode_says():

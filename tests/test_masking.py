@@ -108,3 +108,8 @@ def test_known_positives_need_negative_ids():
     known = (np.zeros(3, int), np.zeros(0, int))
     with pytest.raises(ValueError, match=r"known_positives: needs negatives\.ids"):
         FalseNegatives.find(None, None, known, None, 2)
+
+
+def test_columns_are_not_taken_for_rows():
+    with pytest.raises(TypeError, match=r"known: expected rows \(CSR\), got csc; pass .tocsr\(\)"):
+        csr("known", scipy.sparse.csc_array(np.eye(3, dtype=int)), 3)

@@ -145,3 +145,10 @@ def test_an_empty_batch_gets_zeros():
 def test_errors(name, ranks, k, num_tied, error, text):
     with pytest.raises(error, match=text):
         FUNCTIONS[name](ranks, k, num_tied=num_tied)
+
+
+def test_the_largest_rank_and_ties_do_not_overflow():
+    assert metrics.recall([2**63 - 1], 10).tolist() == [0]
+    assert metrics.recall([0], 10, num_tied=[2**62]) == pytest.approx(10 / 2**62)
+    with pytest.raises(ValueError, match="num_tied: expected numbers ≥ 0, got -1"):
+        metrics.recall([0], 10, num_tied=[-1])

@@ -1,4 +1,6 @@
 import itertools
+import pickle
+import time
 
 import goodness_of_fit as fit
 import numpy as np
@@ -544,11 +546,19 @@ SAMPLERS = [
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize(("ids", "at"), [([0], 0), ([1, 5, 6], 2), ([3, -1, 0], 1)])
-def test_positives_that_cannot_be_drawn(sampler, ids, at):
-    text = f"positives.ids: expected ids that the sampler can draw, got {ids[at]} at {at}"
-    with pytest.raises(ValueError, match=text):
-        sampler.sample(np.array(ids))
+@pytest.mark.parametrize("ids", [[0], [1, 5, 6], [3, -1, 0]])
+def test_positives_that_cannot_be_drawn_have_no_log_q(sampler, ids):
+    # The loss refuses −inf, unless it does not use the positives' log q.
+    draw = sampler.sample(np.array(ids))
+    drawable = (np.array(ids) >= 1) & (np.array(ids) <= 5)
+    assert (np.isfinite(draw.positives.log_q) == drawable).all()
+
+
+def test_a_mixture_takes_positives_that_one_source_can_draw():
+    sources = [InBatchSampler([5, 1, 0]), PopularitySampler(Uniform(3), 2)]
+    draw = MixtureSampler(sources).sample(np.array([0, 2]))
+    expected = [np.log(2 * 5 / 6 + 2 / 3), np.log(2 / 3)]
+    assert draw.positives.log_q == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -596,5 +606,39 @@ def test_mixtures_need_sources_with_log_q():
 
 def test_mixture_refuses_a_stream_that_its_members_cannot_have():
     source = PopularitySampler(LogUniform(5), 2)
-    with pytest.raises(ValueError, match="stream: expected an integer from 0 to 4294967295"):
+    with pytest.raises(ValueError, match="stream: expected an integer from 0 to 2147483647"):
         MixtureSampler([source, source]).sample(stream=2**31)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: PopularitySampler(None, 2), "law: expected a popularity law, got None"),
+        (lambda: MixtureSampler(PopularitySampler(LogUniform(5), 2)), "samplers: expected a seq"),
+    ],
+)
+def test_what_is_no_law_and_no_sequence(make, text):
+    with pytest.raises(TypeError, match=text):
+        make()
+
+
+def test_samplers_survive_pickling_and_stay_small():
+    law = Empirical(np.arange(1.0, 10_001), power=0.5, first_id=3)
+    sampler = PopularitySampler(law, 100, seed=8)
+    before = len(pickle.dumps(sampler.law))
+    drawn = sampler.sample(step=2).negatives.ids
+    assert len(pickle.dumps(sampler.law)) == before < 9 * 10_001
+    again = pickle.loads(pickle.dumps(sampler))
+    assert again == sampler
+    assert hash(again.law) == hash(law)
+    assert (again.sample(step=2).negatives.ids == drawn).all()
+    assert Empirical([1, 2]) != Empirical([2, 1])
+
+
+def test_many_distinct_counts_do_not_stall():
+    rng = np.random.default_rng(0)
+    counts = np.concatenate([rng.random(100) * 1e15 + 1e15, rng.random(200_000)])
+    sampler = PopularitySampler(Empirical(counts), 100)
+    start = time.process_time()
+    assert np.exp(sampler.log_q(range(len(counts)))).sum() == pytest.approx(100)
+    assert time.process_time() - start < 3

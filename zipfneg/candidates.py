@@ -42,6 +42,8 @@ def as_temperature(value: float | Array) -> float:
     if array.ndim or (array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16"):
         raise TypeError(f"temperature: expected a number, got {array.dtype} of shape {array.shape}")
     tau = float(array)
-    if not (tau > 0 and np.isfinite(tau)):
-        raise ValueError(f"temperature: expected a finite number above 0, got {tau}")
+    if not 1e-30 < tau < 1e30:  # its reciprocal, too, is a float32
+        raise ValueError(
+            f"temperature: expected a finite number above 0, got {tau} (the range is 1e-30 to 1e30)"
+        )
     return tau

@@ -1,6 +1,5 @@
 """The head: sampler, false negatives, loss and metrics in one frozen value."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from .checks import NDArray
 from .cpu import rows as row_kernels
 from .cpu import softmax
 from .interop import Array, borrow
-from .loss import CORRECTIONS, LOSSES, prepare
+from .loss import CORRECTIONS, check_loss, prepare
 from .masking import Csr
 from .metrics import ranking_metrics
 from .sampling import MixtureSampler
@@ -100,14 +99,19 @@ class ContrastiveOutput:
     store_negative_ids: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.samplers, Sequence):
+        if isinstance(self.samplers, list | tuple):
             samplers = tuple(self.samplers)
             object.__setattr__(self, "samplers", samplers)
             if not samplers:
                 raise ValueError("samplers: expected at least one, got none")
-        as_temperature(self.temperature)
+        for sampler in self._sources():
+            if not hasattr(sampler, "sample"):
+                raise TypeError(f"samplers: expected objects with sample(), got {sampler!r}")
+        object.__setattr__(self, "temperature", as_temperature(self.temperature))
         checks.one_of("correction", self.correction, CORRECTIONS)
-        checks.one_of("loss", self.loss, LOSSES)
+        check_loss(self.loss)
+        if isinstance(self.top_ks, int):
+            raise TypeError(f"top_ks: expected a sequence of integers, got {self.top_ks}")
         top_ks = tuple(checks.integer("top_ks", k, 1, 2**40) for k in self.top_ks)
         object.__setattr__(self, "top_ks", top_ks)
 
@@ -117,6 +121,11 @@ class ContrastiveOutput:
         if not isinstance(self.samplers, tuple):
             return self.samplers
         return self.samplers[0] if len(self.samplers) == 1 else MixtureSampler(self.samplers)
+
+    def _sources(self) -> tuple[Any, ...]:
+        """The samplers, mixtures taken apart."""
+        given = self.samplers if isinstance(self.samplers, tuple) else (self.samplers,)
+        return tuple(MixtureSampler(given).samplers) if given else ()
 
     def __call__(
         self,
@@ -139,7 +148,7 @@ class ContrastiveOutput:
             Positives and negatives are its rows.
         positives : instead of a table, the positives' own embeddings (B, D), or `Candidates` with
             embeddings and bias, for samplers whose negatives come with embeddings
-            (`InBatchSampler`).
+            (`InBatchSampler`). What a sampler brings from elsewhere is a constant.
         step : training step: negatives are a pure function of the sampler and it.
         known_positives, sample_weight : as for `sampled_softmax_loss`.
 
@@ -180,6 +189,12 @@ class ContrastiveOutput:
             checks.shape(f"{name}.bias", bias, embeddings.shape[:1], f"as {name}.embeddings")
 
         if tied:
+            for law in (s.law for s in self._sources() if hasattr(s, "law")):
+                if law.first_id + law.num_items > len(embeddings):
+                    raise ValueError(
+                        f"items: expected a row for every id of the samplers' laws, "
+                        f"{law.first_id + law.num_items} rows or more, got {len(embeddings)}"
+                    )
             draw = self.sampler.sample(Candidates(ids=ids), step=step)
             ids = ids.astype(np.int64, copy=False)
             both = np.concatenate([ids, draw.negatives.ids])  # (B + S,)
@@ -264,7 +279,7 @@ class ContrastiveOutput:
             items,
             k,
             temperature=self.temperature,
-            first_id=_first_id(self.sampler),
+            first_id=min(map(_first_id, self._sources())),
             exclude=exclude,
         )
 
@@ -284,8 +299,6 @@ def sum_by_id(ids: NDArray, *parts: NDArray) -> tuple[NDArray, NDArray, NDArray]
 
 
 def _first_id(sampler: Any) -> int:
-    """The lowest id that any of its laws can give; 0 where it has none."""
-    if isinstance(sampler, MixtureSampler):
-        return min(_first_id(member) for member in sampler.samplers)
+    """The lowest id of its law; 0 where it has none."""
     law = getattr(sampler, "law", None) or getattr(sampler, "popularity", None)
     return getattr(law, "first_id", 0)

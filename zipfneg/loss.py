@@ -37,7 +37,8 @@ class Options(TypedDict, total=False):
 class Grads(NamedTuple):
     """Gradients of the loss, shaped, typed and placed like the inputs; None for what was not given.
 
-    `positives` and `negatives` are `Candidates` with `embeddings` and `bias`.
+    `positives` and `negatives` are `Candidates` with `embeddings` and `bias`. That of the
+    temperature has the dtype of the loss.
     """
 
     queries: Array
@@ -80,10 +81,10 @@ class Prepared(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What `sampled_softmax_backward` needs of the forward: the inputs and their lse (B,)."""
+    """What `sampled_softmax_backward` needs of the forward: the inputs, and three figures a row."""
 
     prepared: Prepared
-    lse: NDArray
+    result: softmax.Pass
 
 
 def sampled_softmax_loss(
@@ -126,7 +127,8 @@ def sampled_softmax_loss(
         negatives alone, "none" from neither. Without any log_q nothing is subtracted.
     loss : "softmax".
     reduction : "mean" (the sum over B, whatever the weights), "sum" or "none".
-    validate : also look for NaN and infinity in queries, embeddings and biases.
+    validate : also look for NaN and infinity in queries, embeddings and weights. Biases and log q
+        must be finite in any case.
 
     Returns
     -------
@@ -143,8 +145,9 @@ def sampled_softmax_loss(
     -----
     Where both sides have ids, negatives equal to the row's positive are dropped. A row whose
     negatives are all dropped has loss 0 and zero gradients; so has a batch without rows.
-    Arithmetic is float32, or float64 where an embedding is float64. Beyond the inputs' and
-    results' size a few megabytes of workspace are used. NaN and infinity pass through.
+    Arithmetic is float32, or float64 where an embedding is float64. Beyond float32 copies of half
+    precision arrays (per-query negatives excepted) and the results, a few megabytes of workspace
+    are used. NaN and infinity of embeddings pass through.
 
     References
     ----------
@@ -222,7 +225,7 @@ def sampled_softmax_forward(
     """
     prepared = prepare(queries, positives, negatives, **options)
     result = softmax.value(prepared.problem)
-    return prepared.loss(result), Saved(prepared, result.lse)
+    return prepared.loss(result), Saved(prepared, result)
 
 
 def sampled_softmax_backward(d_loss: float | Array, saved: Saved) -> Grads:
@@ -243,7 +246,9 @@ def sampled_softmax_backward(d_loss: float | Array, saved: Saved) -> Grads:
     [0.0, 0.0, 0.0]
     """
     upstream = np.asarray(d_loss if isinstance(d_loss, int | float) else as_array(d_loss, "d_loss"))
-    prepared, lse = saved
+    prepared, result = saved
+    if upstream.dtype.kind not in "iu":
+        checks.floating("d_loss", upstream)
     if upstream.ndim:
         if prepared.reduction != "none":
             raise ValueError(
@@ -252,7 +257,7 @@ def sampled_softmax_backward(d_loss: float | Array, saved: Saved) -> Grads:
             )
         checks.shape("d_loss", upstream, prepared.weight.shape, "(B,)")
     weight = (prepared.weight * upstream).astype(prepared.weight.dtype)
-    return prepared.grads(softmax.value_and_gradients(prepared.problem, weight, lse=lse)[1])
+    return prepared.grads(softmax.value_and_gradients(prepared.problem, weight, known=result)[1])
 
 
 def prepare(
@@ -271,9 +276,7 @@ def prepare(
 ) -> Prepared:
     """All checks of this module, once."""
     checks.one_of("correction", correction, CORRECTIONS)
-    checks.one_of("loss", loss, LOSSES)
-    if loss != "softmax":
-        raise NotImplementedError(f'loss: {loss!r} is planned; this version has "softmax" alone')
+    check_loss(loss)
     checks.one_of("reduction", reduction, REDUCTIONS)
     positives = as_candidates("positives", positives)
     negatives = as_candidates("negatives", negatives)
@@ -318,22 +321,29 @@ def prepare(
     dtype = np.dtype(np.float64 if np.float64 in (u.dtype, p.dtype, v.dtype) else np.float32)
 
     def converted(name: str) -> NDArray | None:
-        x = given[name]
-        return None if x is None else np.ascontiguousarray(x, dtype)
+        if given[name] is None:
+            return None
+        with np.errstate(over="ignore"):
+            x = np.ascontiguousarray(given[name], dtype)
+        # −inf would turn a correction or a score into NaN, and is no way to drop an item.
+        checks.finite(
+            name, x, ": an id outside the law it was drawn from?" if name.endswith("log_q") else ""
+        )
+        return x
 
     drop = given["mask"]
     if drop is not None:
         if drop.dtype != np.bool_:
             raise TypeError(f"mask: expected bool, True to drop a negative, got {drop.dtype}")
         if drop.shape != (num_sampled,):
-            checks.shape("mask", drop, (num_queries, num_sampled), "(B, S), or (S,),")
+            checks.shape("mask", drop, (num_queries, num_sampled), "(B, S), or (S,)")
     log_q = _log_q(given, correction)
     false_negatives = FalseNegatives.find(
         given["negatives.ids"], given["positives.ids"], known_positives, drop, num_queries
     )
     if validate:
         for name, x in given.items():
-            if x is not None and name.endswith(("queries", "embeddings", "bias", "sample_weight")):
+            if x is not None and name.endswith(("queries", "embeddings", "sample_weight")):
                 checks.finite(name, x)
     problem = softmax.Problem(
         queries=np.ascontiguousarray(u, dtype),
@@ -360,6 +370,12 @@ def prepare(
     return Prepared(problem, weight, reduction, place, dtypes)
 
 
+def check_loss(loss: str) -> None:
+    checks.one_of("loss", loss, LOSSES)
+    if loss != "softmax":
+        raise NotImplementedError(f'loss: {loss!r} is planned; this version has "softmax" alone')
+
+
 def _log_q(given: dict[str, NDArray | None], correction: str) -> str:
     """Which correction applies: "none" where no log q is given at all."""
     positive, negative = given["positives.log_q"], given["negatives.log_q"]
@@ -375,8 +391,4 @@ def _log_q(given: dict[str, NDArray | None], correction: str) -> str:
             "positives.log_q: expected log q, since negatives.log_q is given, got None; pass it, "
             'or correction="negatives" to leave the positive uncorrected'
         )
-    hint = ": an id outside the law it was drawn from?"
-    checks.finite("negatives.log_q", negative, hint)
-    if correction == "both" and positive is not None:
-        checks.finite("positives.log_q", positive, hint)
     return correction

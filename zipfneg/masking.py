@@ -17,6 +17,8 @@ Csr = Any
 def csr(name: str, value: Csr, num_rows: int) -> tuple[NDArray, NDArray]:
     """The checked (indptr, ids) of ragged ids."""
     if hasattr(value, "indptr") and hasattr(value, "indices"):
+        if getattr(value, "format", "csr") != "csr":
+            raise TypeError(f"{name}: expected rows (CSR), got {value.format}; pass .tocsr()")
         value = (value.indptr, value.indices)
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(

@@ -75,7 +75,7 @@ def ranking_metrics(ranks: Any, top_ks: Any, *, num_tied: Any = None) -> dict[st
     """
     functions = (recall, precision, mrr, ndcg, average_precision)
     if not len(_as_ranks(ranks)):
-        return {f"{name}@{k}": 0.0 for k in top_ks for name in TOP_K_METRICS}
+        return {f"{name}@{_k(k)}": 0.0 for k in top_ks for name in TOP_K_METRICS}
     return {
         f"{name}@{k}": float(function(ranks, k, num_tied=num_tied).mean())
         for k in top_ks
@@ -84,7 +84,7 @@ def ranking_metrics(ranks: Any, top_ks: Any, *, num_tied: Any = None) -> dict[st
 
 
 def _k(k: int) -> int:
-    return checks.integer("k", k, 1, 2**40)
+    return checks.integer("k", k, 1, 2**24)  # the gains of k places are written out
 
 
 def _as_ranks(ranks: Any, num_tied: Any = None) -> NDArray:
@@ -103,12 +103,15 @@ def _total_gain(ranks: Any, gain: NDArray, num_tied: Any) -> tuple[NDArray, NDAr
     tied = np.zeros((), np.int64)
     if num_tied is not None:
         tied = np.asarray(num_tied)
+        checks.integral("num_tied", tied)
         checks.shape("num_tied", tied, ranks.shape, "(B,) as ranks")
+        if (tied < 0).any():
+            raise ValueError(f"num_tied: expected numbers ≥ 0, got {tied.min()}")
     # Mean of gain over places rank … rank + tied, by its running sum.
     running = np.concatenate([[0.0], np.cumsum(gain)])
     first = np.clip(ranks, 0, gain.size)
-    last = np.clip(ranks + tied + 1, 0, gain.size)
-    expected = np.where(ranks < 0, 0.0, (running[last] - running[first]) / (tied + 1))
+    last = np.minimum(first + np.minimum(tied, gain.size) + 1, gain.size)
+    expected = np.where(ranks < 0, 0.0, (running[last] - running[first]) / (tied + 1.0))
     if ranks.ndim == 1:
         return expected, (ranks >= 0).astype(np.int64)
     return expected.sum(axis=1), (ranks >= 0).sum(axis=1)

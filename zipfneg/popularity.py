@@ -4,7 +4,8 @@ Ids are frequency ranks: ``id = first_id + rank``, rank 0 the most popular.
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,6 +174,8 @@ class Law:
 
     def _ranks(self, ids: Array) -> tuple[Any, NDArray]:
         place, view = view_of("ids", ids)
+        if not view.size:
+            view = view.astype(np.int64)  # of an empty list NumPy makes floats
         checks.integral("ids", view)
         # Into int64 without wrapping: uint64 may lie above it, and the lowest ids below 0.
         if view.dtype == np.uint64:
@@ -341,8 +344,9 @@ class ZipfMandelbrot(Law):
             ("exponent", self.exponent, 0.0, "≥ 0"),
             ("shift", self.shift, np.nextafter(-1.0, 0.0), "above −1"),
         ):
-            if not (isinstance(value, int | float) and low <= value < np.inf):
+            if not (isinstance(value, Real) and low <= value < np.inf):
                 raise ValueError(f"{name}: expected a number {text}, got {value!r}")
+            object.__setattr__(self, name, float(value))
 
     @classmethod
     def fit(cls, counts: Array, *, first_id: int = 0) -> "ZipfMandelbrot":
@@ -366,7 +370,8 @@ class ZipfMandelbrot(Law):
         Notes
         -----
         Ranks that come from the same counts flatter the fit: among ids of equal popularity chance
-        alone puts the larger counts first. The standard errors do not know that.
+        alone puts the larger counts first. The standard errors do not know that. Counts that fall
+        faster than any power drive the exponent to 50, where the search ends.
 
         Examples
         --------
@@ -434,7 +439,7 @@ class ZipfMandelbrot(Law):
     def _integral(self, low: float, high: Any) -> Any:
         """∫ f from low to high, exact for exponents near 1 too."""
         e = 1 - self.exponent
-        log_ratio = np.log(high / low)
+        log_ratio = np.log1p((high - low) / low)
         return low * self._f(low) * (np.expm1(e * log_ratio) / e if e else log_ratio)
 
     def _small_terms(self, x: Any) -> Any:
@@ -474,7 +479,8 @@ class ZipfMandelbrot(Law):
     def _kernel(self) -> tuple[kernels.Kernel, tuple[Any, ...]]:
         offset = 1.0 + self.shift
         x = self._head.size - 0.5 + offset
-        unit = x * float(self._f(x))
+        # A tail too thin for float64 is never reached: its scale does not matter.
+        unit = x * float(self._f(x)) or np.inf
         return kernels.zipf_mandelbrot, (
             self.num_items,
             self._head / self._total,
@@ -536,7 +542,7 @@ class Empirical(Law):
 
     Notes
     -----
-    Draws use Walker's alias table (16 bytes an item): one uniform, one look-up. The order of the
+    Draws use Walker's alias table (12 bytes an item): one uniform, one look-up. The order of the
     alias table is not the order of ids, so a draw is not `ppf` of its uniform here.
 
     Examples
@@ -554,14 +560,29 @@ class Empirical(Law):
 
     def __post_init__(self) -> None:
         counts = _counts(self.counts)
-        if not np.isfinite(self.power) or self.power < 0:
-            raise ValueError(f"power: expected a number ≥ 0, got {self.power}")
+        if not (isinstance(self.power, Real) and 0 <= self.power < np.inf):
+            raise ValueError(f"power: expected a number ≥ 0, got {self.power!r}")
+        counts.flags.writeable = False
+        object.__setattr__(self, "counts", counts)
         seen = counts > 0
         # Relative to the largest: the powers of large counts must not overflow.
         weights = np.where(seen, (counts / counts.max()) ** self.power, 0.0)
         object.__setattr__(self, "num_items", counts.size)
         object.__setattr__(self, "_prob", weights / weights.sum())
         self._check_range()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Empirical):
+            return NotImplemented
+        return (self.power, self.first_id) == (other.power, other.first_id) and np.array_equal(
+            self.counts, other.counts
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.num_items, self.power, self.first_id))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # without the tables, which can be made again
+        return partial(Empirical, power=self.power, first_id=self.first_id), (self.counts,)
 
     @cached_property
     def _cumulative(self) -> NDArray:

@@ -103,6 +103,7 @@ def _catalog(
         checks.shape("items.bias", bias, (len(v),), "(N,)")
         checks.floating("items.bias", bias)
         bias = bias.astype(dtype)
+        checks.finite("items.bias", bias, "; to leave items out use exclude or first_id")
     catalog = _Catalog(
         np.ascontiguousarray(u, dtype),
         np.ascontiguousarray(v, dtype),
@@ -194,14 +195,15 @@ def top_k(
             z = catalog.block(rows, columns)
             catalog.exclude(z, rows, columns)
             broken |= np.isnan(z.max(axis=1))
-            # The running best and this block's best compete.
-            keep = min(k, z.shape[1])
-            places = np.argpartition(-z, keep - 1, axis=1)[:, :keep]
-            values = np.concatenate([values, np.take_along_axis(z, places, 1)], axis=1)
-            places = np.where(values[:, -keep:] > -np.inf, places + columns.start, -1)
-            ids = np.concatenate([ids, places], axis=1)
-            places = np.lexsort((ids, -values))[:, :k]
-            values, ids = np.take_along_axis(values, places, 1), np.take_along_axis(ids, places, 1)
+            # The running best and this block compete.
+            both = np.hstack([values, z])
+            places = np.argpartition(-both, k - 1, axis=1)[:, :k]
+            values = np.take_along_axis(both, places, 1)
+            old = np.take_along_axis(ids, np.minimum(places, k - 1), 1)
+            ids = np.where(places < k, old, places - k + columns.start)
+            ids[values == -np.inf] = -1
+        places = np.lexsort((ids, -values))
+        values, ids = np.take_along_axis(values, places, 1), np.take_along_axis(ids, places, 1)
         ids[broken], values[broken] = -1, np.nan
         best_ids[rows], best[rows] = ids, values
     return TopK(catalog.place.give(best_ids), catalog.place.give(best))

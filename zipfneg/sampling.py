@@ -46,23 +46,13 @@ def _given(
     return place, positives, ids
 
 
-def _with_log_q(positives: Candidates, ids: NDArray, log_q: NDArray, place: Home) -> Candidates:
-    if (log_q == -np.inf).any():
-        at = int(np.argmax(log_q == -np.inf))
-        raise ValueError(
-            f"positives.ids: expected ids that the sampler can draw, got {ids[at]} at {at}; drop "
-            f"such rows (padding?), or choose a law that covers them"
-        )
-    return positives._replace(log_q=place.give(log_q))
-
-
 @dataclass(frozen=True)
 class PopularitySampler:
     """Negatives from a popularity law, shared by the batch.
 
     Parameters
     ----------
-    law : `LogUniform`, `Uniform`, `Empirical`, or any object with their methods.
+    law : `LogUniform`, `ZipfMandelbrot`, `Uniform` or `Empirical`.
     num_sampled : S, the number of negatives.
     unique : True draws S distinct ids (draw with replacement, skip what is already there); their
         log q is the log inclusion probability. False keeps repeats; log q = log(S·p).
@@ -100,6 +90,8 @@ class PopularitySampler:
     seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.law, Law):
+            raise TypeError(f"law: expected a popularity law, got {self.law!r}")
         size = checks.integer("num_sampled", self.num_sampled, 1, 2**40)
         object.__setattr__(self, "num_sampled", size)
         checks.integer("seed", self.seed, 0, 2**64 - 1)
@@ -128,16 +120,12 @@ class PopularitySampler:
 
         Parameters
         ----------
-        positives : ids (B,) or `Candidates` with ids, to receive their log q. Their framework is
-            that of the result; NumPy if None.
+        positives : ids (B,) or `Candidates` with ids, to receive their log q: −inf for ids that
+            the law cannot draw, which the loss refuses. Their framework is that of the result;
+            NumPy if None.
         step : training step, 0 to 2**32 − 1.
         device : None (where the positives are) or "cpu".
         stream : for instance the worker's rank, 0 to 2**32 − 1.
-
-        Raises
-        ------
-        ValueError
-            For positives that the law cannot draw: they have no log q.
         """
         place, positives, positive_ids = _given(positives, device)
         words = stream_words(self.seed, step, stream)
@@ -148,8 +136,7 @@ class PopularitySampler:
             self.law._fill(ids, words)
         negatives = Candidates(ids=place.give(ids), log_q=place.give(self.log_q(ids)))
         if positives is not None and positive_ids is not None:
-            log_q = self.log_q(positive_ids)
-            positives = _with_log_q(positives, positive_ids, log_q, place)
+            positives = positives._replace(log_q=place.give(self.log_q(positive_ids)))
         return Draw(positives, negatives, num_tries)
 
     def log_q(self, ids: Array, *, batch_size: int | None = None) -> Array:
@@ -234,7 +221,7 @@ class InBatchSampler:
             raise ValueError("positives: expected the batch's items, got None")
         if self.popularity is not None:
             log_q = self.log_q(ids, batch_size=len(ids))
-            positives = _with_log_q(positives, ids, log_q, place)
+            positives = positives._replace(log_q=place.give(log_q))
         return Draw(positives, positives, len(ids))
 
     def log_q(self, ids: Array, *, batch_size: int | None = None) -> Array:
@@ -275,6 +262,8 @@ class MixtureSampler:
     samplers: Sequence[Any]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.samplers, Sequence):
+            raise TypeError(f"samplers: expected a sequence of samplers, got {self.samplers!r}")
         # Mixtures within are taken apart: every source then has a stream of its own.
         members: list[Any] = []
         for sampler in self.samplers:
@@ -295,6 +284,7 @@ class MixtureSampler:
         """All sources' negatives, one after the other; arguments as for `PopularitySampler`."""
         place, positives, positive_ids = _given(positives, device)
         members = len(self.samplers)
+        stream = checks.integer("stream", stream, 0, 2**32 // members - 1)
         draws = [
             sampler.sample(positives, step=step, device=device, stream=members * stream + k)
             for k, sampler in enumerate(self.samplers)
@@ -306,7 +296,7 @@ class MixtureSampler:
         )
         if positives is not None and positive_ids is not None:
             log_q = self.log_q(positive_ids, batch_size=batch_size)
-            positives = _with_log_q(positives, positive_ids, log_q, place)
+            positives = positives._replace(log_q=place.give(log_q))
         return Draw(positives, negatives, sum(d.num_tries for d in draws))
 
     def log_q(self, ids: Array, *, batch_size: int | None = None) -> Array:

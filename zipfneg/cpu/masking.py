@@ -1,10 +1,11 @@
 """Kernels that write −inf over dropped negatives, in place."""
 
 import numpy as np
-from numba import njit
+
+from . import kernel
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def drop_shared(logits, first_row, indptr, drop_ids, sorted_ids, order):
     """logits (r, S) of rows first_row…: drop where the negative's id is in the row's drop_ids.
 
@@ -20,7 +21,7 @@ def drop_shared(logits, first_row, indptr, drop_ids, sorted_ids, order):
                 at += 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def drop_per_query(logits, first_row, indptr, drop_ids, negative_ids):
     """The same for negatives of each query's own, negative_ids (B, S)."""
     for r in range(logits.shape[0]):

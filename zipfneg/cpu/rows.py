@@ -1,9 +1,9 @@
 """Rows of a table, gathered and scattered by id."""
 
-from numba import njit
+from . import kernel
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def add_rows(table, index, rows):
     """table[index[i]] += rows[i], in order of i, repeats included."""
     for i in range(index.size):
@@ -11,7 +11,7 @@ def add_rows(table, index, rows):
             table[index[i], d] += rows[i, d]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def adagrad(table, accumulator, ids, gradients, learning_rate):
     """AdaGrad (Duchi et al. 2011) of the given rows, in place: h += g², w −= η·g/√h."""
     for i in range(ids.size):

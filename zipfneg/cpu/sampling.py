@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..scalar import (
     LANES,
@@ -17,6 +16,7 @@ from ..scalar import (
     uniform_rank,
     zipf_mandelbrot_rank,
 )
+from . import kernel
 
 # Counters in a tile: its words stay in the first-level cache between the passes below.
 COUNTERS = 512
@@ -24,7 +24,7 @@ COUNTERS = 512
 TILE = 2 * COUNTERS
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _fill_words(words, first_counter, k0, k1, step, stream):
     """words (4, COUNTERS): the Philox words of consecutive counters.
 
@@ -48,7 +48,7 @@ def _fill_words(words, first_counter, k0, k1, step, stream):
         k0, k1 = philox_advance_key(k0, k1)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _fill_uniforms(u, words, tile, k0, k1, step, stream):
     """u (TILE,): the uniforms of one tile, in the order of their index.
 
@@ -65,7 +65,7 @@ def _fill_uniforms(u, words, tile, k0, k1, step, stream):
                 )
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def draw_uniforms(out, start, stop, first_tile, k0, k1, step, stream):
     """out[start:stop], out[0] being the first draw of tile `first_tile`.
 
@@ -88,7 +88,7 @@ class Kernel(NamedTuple):
 
 
 def _kernel(rank):
-    @njit(nogil=True, cache=True)
+    @kernel
     def draw(out, start, stop, first_tile, k0, k1, step, stream, first_id, *law):
         u = np.empty(TILE)
         words = np.empty((4, COUNTERS), np.uint32)
@@ -98,7 +98,7 @@ def _kernel(rank):
             for i in range(tile.size):
                 tile[i] = first_id + rank(u[i], *law)
 
-    @njit(nogil=True, cache=True)
+    @kernel
     def invert(out, u, *law):
         for i in range(u.size):
             out[i] = rank(u[i], *law)
@@ -112,7 +112,7 @@ zipf_mandelbrot = _kernel(zipf_mandelbrot_rank)
 alias = _kernel(alias_rank)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def build_alias(weights, threshold, alias):
     """Vose's alias table of `weights`, which sum to their number."""
     num_items = weights.size
@@ -145,7 +145,7 @@ def build_alias(weights, threshold, alias):
         threshold[small[i]] = 1.0
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def keep_first_occurrences(draws, kept, num_kept, table):
     """Append the ids of `draws` not seen before to `kept`, until it is full.
 

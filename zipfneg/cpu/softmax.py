@@ -29,8 +29,11 @@ class Problem(NamedTuple):
 class Pass(NamedTuple):
     """What the logits give of each row."""
 
-    lse: NDArray  # (B,) logsumexp of the negatives' corrected logits; −inf where none is left
-    excess: NDArray  # (B,) D = lse − z_0, so that L = softplus(D)
+    # logsumexp_j z_j = shift + log(total). Kept apart: their sum, rounded, would lose digits of
+    # the weights e^(z − shift)/total where scores are large.
+    shift: NDArray  # (B,)
+    total: NDArray  # (B,); 0 where no negative is left
+    excess: NDArray  # (B,) D = logsumexp_j z_j − z_0, so that L = softplus(D)
     num_better: NDArray  # (B,) negatives that score above the positive, if asked for
     num_tied: NDArray  # (B,) negatives that score the same
 
@@ -73,19 +76,19 @@ def value(problem: Problem) -> Pass:
 
 
 def value_and_gradients(
-    problem: Problem, d_loss: NDArray, *, lse: NDArray | None = None, ranks: bool = False
+    problem: Problem, d_loss: NDArray, *, known: Pass | None = None, ranks: bool = False
 ) -> tuple[Pass, Gradients]:
-    """`d_loss` (B,) weighs the rows. A known `lse` saves the row maximum and sum.
+    """`d_loss` (B,) weighs the rows. A `known` pass saves the row maximum and sum.
 
-    `value`, then this with its lse, is the exact forward and backward for any upstream gradient.
+    `value`, then this with its result, is the exact forward and backward for any upstream gradient.
     """
-    result, gradients = _run(problem, d_loss, lse, ranks)
+    result, gradients = _run(problem, d_loss, known, ranks)
     assert gradients is not None
     return result, gradients
 
 
 def _run(
-    problem: Problem, d_loss: NDArray | None, lse: NDArray | None, ranks: bool
+    problem: Problem, d_loss: NDArray | None, known: Pass | None, ranks: bool
 ) -> tuple[Pass, Gradients | None]:
     """One pass over all blocks of rows."""
     u, p, v = problem.queries, problem.positives, problem.negatives
@@ -93,14 +96,16 @@ def _run(
     shared = v.ndim == 2
     tau = problem.temperature
     a_0, z_0 = _positive_scores(problem)
-    excess = np.empty(num_queries, dtype)
-    new_lse = np.empty(num_queries, dtype) if lse is None else lse
+    if known is None:
+        shift, total, excess = (np.empty(num_queries, dtype) for _ in range(3))
+    else:
+        shift, total, excess = known[:3]
     better, tied = np.zeros((2, num_queries), np.int64)
-    tolerance = tie_tolerance(u, p, a_0, tau) if ranks else a_0
+    tolerance = tie_tolerance(u, p, a_0, tau)
     if d_loss is not None:
         g_0 = np.empty(num_queries, dtype)
         d_u = np.empty_like(u)
-        d_v = np.zeros((num_sampled, dim), dtype) if shared else np.empty(v.shape, dtype)
+        d_v = np.zeros((num_sampled, dim), dtype) if shared else np.empty(v.shape, v.dtype)
         d_bias = np.zeros(v.shape[:-1], dtype)
 
     row_bytes = max(1, num_sampled * (1 if shared else 1 + dim) * dtype.itemsize)
@@ -123,25 +128,23 @@ def _run(
         if problem.negative_log_q is not None:
             z -= _rows(problem.negative_log_q, 1, lo, hi)
 
-        # A row with no negative left has lse = −inf; any finite shift serves it.
-        row_lse = new_lse[lo:hi]
-        shift = z.max(axis=1, initial=-np.inf) if lse is None else row_lse
-        shift = np.where(shift == -np.inf, dtype.type(0), shift)
-        z -= shift[:, None]
+        if known is None:
+            top = z.max(axis=1, initial=-np.inf)
+            # A row with no negative left: any finite shift serves it.
+            shift[lo:hi] = np.where(top == -np.inf, 0, top)
+        z -= shift[lo:hi, None]
         e = np.exp(z, out=z)  # (r, S)
-        if lse is None:
-            total = e.sum(axis=1)
+        if known is None:
+            total[lo:hi] = e.sum(axis=1)
             with np.errstate(divide="ignore"):
-                np.add(shift, np.log(total), out=row_lse)
-        else:
-            total = (row_lse > -np.inf).astype(dtype)
-        excess[lo:hi] = row_lse - z_0[lo:hi]
+                excess[lo:hi] = shift[lo:hi] - z_0[lo:hi] + np.log(total[lo:hi])
 
         if d_loss is not None:
             # g_0 = −d·σ(D) and g_j = d·σ(D)·softmax_j; the normaliser goes into the small factors.
             d_excess = d_loss[lo:hi] * np.exp(-softplus(-excess[lo:hi]))
             g_0[lo:hi] = -d_excess
-            scale = np.divide(d_excess, total, out=np.zeros_like(total), where=total != 0)
+            some = total[lo:hi] != 0
+            scale = np.divide(d_excess, total[lo:hi], out=np.zeros_like(d_excess), where=some)
             u_scaled *= scale[:, None]
             if shared:
                 np.matmul(e, v, out=d_u[lo:hi])
@@ -149,11 +152,12 @@ def _run(
                 d_bias += scale / tau @ e
             else:
                 np.matmul(e[:, None, :], v_block, out=d_u[lo:hi, None, :])
-                np.multiply(e[:, :, None], u_scaled[:, None, :], out=d_v[lo:hi])
+                factors = (e[:, :, None], u_scaled[:, None, :])
+                np.multiply(*factors, out=d_v[lo:hi], casting="unsafe")
                 np.multiply(e, (scale / tau)[:, None], out=d_bias[lo:hi])
             d_u[lo:hi] *= (scale / tau)[:, None]
 
-    result = Pass(new_lse, excess, better, tied)
+    result = Pass(shift, total, excess, better, tied)
     if d_loss is None:
         return result, None
     g_0 /= tau

@@ -41,7 +41,7 @@ def for_spans(kernel: Callable[[int, int], None], total: int, grain: int) -> Non
         return
     width = -(-total // (threads * grain)) * grain
     starts = range(0, total, width)
-    pool = _pool(len(starts) - 1, os.getpid())
+    pool = _pool(num_threads(), os.getpid())
     others = [pool.submit(kernel, start, min(start + width, total)) for start in starts[1:]]
     kernel(0, width)
     for other in others:
