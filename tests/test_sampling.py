@@ -16,6 +16,8 @@ from zipfneg import (
     MixtureSampler,
     PopularitySampler,
     Uniform,
+    merge_repeats,
+    sampled_softmax_value_and_grad,
 )
 from zipfneg.popularity import stream_words
 
@@ -642,3 +644,45 @@ def test_many_distinct_counts_do_not_stall():
     start = time.process_time()
     assert np.exp(sampler.log_q(range(len(counts)))).sum() == pytest.approx(100)
     assert time.process_time() - start < 3
+
+
+def test_merged_repeats_by_hand():
+    negatives = Candidates(
+        np.array([7, 2, 7, 7]), np.array([[7.0], [2], [7], [7]]), np.array([-1.0, -2, -1, -1])
+    )
+    merged = merge_repeats(negatives)
+    assert merged.ids.tolist() == [2, 7]
+    assert merged.embeddings.tolist() == [[2], [7]]
+    assert merged.log_q.tolist() == [-2, -1 - np.log(3)]
+    assert merged.bias is None
+
+
+@pytest.mark.parametrize("hits", [False, True])
+def test_merged_repeats_give_the_same_loss_and_gradients(hits):
+    rng = np.random.default_rng(0)
+    law = LogUniform(50)
+    table, u = rng.normal(size=(50, 8)), rng.normal(size=(9, 8))
+    draw = PopularitySampler(law, 200, unique=False).sample(rng.integers(0, 50, 9))
+    positives = draw.positives._replace(
+        ids=draw.positives.ids if hits else None, embeddings=table[draw.positives.ids]
+    )
+    negatives = draw.negatives._replace(embeddings=table[draw.negatives.ids])
+    merged = merge_repeats(negatives)
+    assert len(merged.ids) < 50
+    loss, grads = sampled_softmax_value_and_grad(u, positives, negatives)
+    merged_loss, merged_grads = sampled_softmax_value_and_grad(u, positives, merged)
+    assert merged_loss == pytest.approx(loss, rel=1e-13)
+    assert merged_grads.queries == pytest.approx(grads.queries, rel=1e-10, abs=1e-14)
+    rows = np.zeros_like(table)
+    np.add.at(rows, negatives.ids, grads.negatives.embeddings)
+    assert merged_grads.negatives.embeddings == pytest.approx(rows[merged.ids], abs=1e-14)
+    # Without log of the copies it is another loss.
+    wrong = merged._replace(log_q=law.log_prob(merged.ids) + np.log(200))
+    assert sampled_softmax_value_and_grad(u, positives, wrong)[0] != pytest.approx(loss, rel=1e-3)
+
+
+def test_what_cannot_be_merged():
+    with pytest.raises(ValueError, match=r"negatives: expected ids and log_q of shape \(S,\), got"):
+        merge_repeats(Candidates(np.array([1, 1])))
+    with pytest.raises(ValueError, match=r"negatives.log_q: expected shape \(S,\)"):
+        merge_repeats(Candidates(np.array([1, 1]), log_q=np.zeros(3)))

@@ -14,7 +14,7 @@ from .loss import (
 )
 from .popularity import Empirical, LogUniform, Uniform, ZipfMandelbrot
 from .retrieval import Ranks, TopK, full_softmax_loss, log_normalizer, rank, scores, top_k
-from .sampling import Draw, InBatchSampler, MixtureSampler, PopularitySampler
+from .sampling import Draw, InBatchSampler, MixtureSampler, PopularitySampler, merge_repeats
 
 __version__ = "0.1.0.dev0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "check_sampler",
     "full_softmax_loss",
     "log_normalizer",
+    "merge_repeats",
     "rank",
     "sampled_softmax_backward",
     "sampled_softmax_forward",
