@@ -15,7 +15,7 @@ from .checks import NDArray
 from .cpu import sampling as kernels
 from .cpu.threads import for_spans
 from .interop import Array, as_array, view_of
-from .scalar import u32
+from .scalar import u64
 
 # Beyond this, neighbouring ids are no longer told apart by a 53-bit uniform.
 MAX_ITEMS = 2**40
@@ -213,7 +213,7 @@ def stream_words(seed: int, step: int, stream: int) -> tuple[Any, ...]:
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
     step = checks.integer("step", step, 0, 2**32 - 1)
     stream = checks.integer("stream", stream, 0, 2**32 - 1)
-    return u32(seed & 0xFFFFFFFF), u32(seed >> 32), u32(step), u32(stream)
+    return u64(seed & 0xFFFFFFFF), u64(seed >> 32), u64(step), u64(stream)
 
 
 def uniforms(size: int, words: tuple[Any, ...]) -> NDArray:

@@ -9,14 +9,22 @@ import math
 import numpy as np
 from numba.extending import register_jitable
 
-u32, u64, i64, f64 = np.uint32, np.uint64, np.int64, np.float64
+u64, i64, f64 = np.uint64, np.int64, np.float64
+
+# Products and sums fuse, as CUDA's compiler has it by default: half the time of a polynomial.
+jitable = register_jitable(fastmath={"contract"})
 
 # Draws are dealt out in groups of LANES consecutive counters, so that a CUDA warp computes one
 # counter a lane and still writes whole cache lines.
 LANES = 32
 
 
-@register_jitable
+# Philox works on 32-bit words. Here they are the lower halves of 64-bit ones, whose upper halves
+# hold anything: a 64-bit lane is what vector units multiply, and only results need a mask.
+LOW = u64(0xFFFFFFFF)
+
+
+@jitable
 def philox_five_rounds(c0, c1, c2, c3, k0, k1):
     """Half of Philox4x32-10 (Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3).
 
@@ -24,43 +32,36 @@ def philox_five_rounds(c0, c1, c2, c3, k0, k1):
     `philox_advance_key`. Five rounds in one expression are what the compiler still vectorises.
     """
     for _ in range(5):
-        p0 = u64(0xD2511F53) * u64(c0)
-        p1 = u64(0xCD9E8D57) * u64(c2)
-        c0, c1, c2, c3 = (
-            u32(p1 >> u64(32)) ^ c1 ^ k0,
-            u32(p1 & u64(0xFFFFFFFF)),
-            u32(p0 >> u64(32)) ^ c3 ^ k1,
-            u32(p0 & u64(0xFFFFFFFF)),
-        )
-        k0 = u32((u64(k0) + u64(0x9E3779B9)) & u64(0xFFFFFFFF))
-        k1 = u32((u64(k1) + u64(0xBB67AE85)) & u64(0xFFFFFFFF))
+        p0 = u64(0xD2511F53) * (c0 & LOW)
+        p1 = u64(0xCD9E8D57) * (c2 & LOW)
+        c0, c1, c2, c3 = (p1 >> u64(32)) ^ c1 ^ k0, p1, (p0 >> u64(32)) ^ c3 ^ k1, p0
+        k0 += u64(0x9E3779B9)
+        k1 += u64(0xBB67AE85)
     return c0, c1, c2, c3
 
 
-@register_jitable
+@jitable
 def philox_advance_key(k0, k1):
     """The key of round 5, given that of round 0."""
-    return (
-        u32((u64(k0) + u64(5) * u64(0x9E3779B9)) & u64(0xFFFFFFFF)),
-        u32((u64(k1) + u64(5) * u64(0xBB67AE85)) & u64(0xFFFFFFFF)),
-    )
+    return k0 + u64(5 * 0x9E3779B9), k1 + u64(5 * 0xBB67AE85)
 
 
-@register_jitable
+@jitable
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10: four 32-bit words of the counter (c0..c3) under the key (k0, k1)."""
+    """Philox4x32-10: four 32-bit words, each a uint64, of a counter under the key (k0, k1)."""
     c0, c1, c2, c3 = philox_five_rounds(c0, c1, c2, c3, k0, k1)
     k0, k1 = philox_advance_key(k0, k1)
-    return philox_five_rounds(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = philox_five_rounds(c0, c1, c2, c3, k0, k1)
+    return c0 & LOW, c1 & LOW, c2 & LOW, c3 & LOW
 
 
-@register_jitable
+@jitable
 def uniform_53(high, low):
     """The centre of one of 2**52 equal cells of (0, 1): exact, so never 0 and never 1."""
-    return (f64(((u64(high) << u64(32)) | u64(low)) >> u64(12)) + f64(0.5)) * f64(2.0**-52)
+    return (f64(((high << u64(32)) | (low & LOW)) >> u64(12)) + f64(0.5)) * f64(2.0**-52)
 
 
-@register_jitable
+@jitable
 def exp2_nonnegative(x):
     """2**x for 0 <= x < 62, to about one unit in the last place; vectorises, unlike libm's.
 
@@ -87,7 +88,7 @@ def exp2_nonnegative(x):
     return f64(i64(1) << n) * (s * f64(1.4142135623730951))
 
 
-@register_jitable
+@jitable
 def log_uniform_rank(u, log2_total, num_items):
     """Inverse of the log-uniform law: floor((N + 1)**u) − 1, with log2_total = log2(N + 1)."""
     rank = i64(exp2_nonnegative(u * log2_total)) - i64(1)
@@ -95,13 +96,13 @@ def log_uniform_rank(u, log2_total, num_items):
     return max(i64(0), min(rank, num_items - i64(1)))
 
 
-@register_jitable
+@jitable
 def uniform_rank(u, num_items):
     """Inverse of the uniform law: floor(N·u)."""
     return min(i64(u * f64(num_items)), num_items - i64(1))
 
 
-@register_jitable
+@jitable
 def zipf_mandelbrot_rank(u, num_items, head, exponent, offset, scale, lead):
     """Inverse of P(k) ∝ (k + offset)**−exponent: the head by search, the rest in closed form.
 
@@ -132,7 +133,7 @@ def zipf_mandelbrot_rank(u, num_items, head, exponent, offset, scale, lead):
     return max(i64(head.size), min(rank, num_items - i64(1)))
 
 
-@register_jitable
+@jitable
 def alias_rank(u, num_items, threshold, alias):
     """Walker's alias method: one uniform gives the column and, by its remainder, the side."""
     x = u * f64(num_items)

@@ -10,7 +10,6 @@ from ..scalar import (
     log_uniform_rank,
     philox_advance_key,
     philox_five_rounds,
-    u32,
     u64,
     uniform_53,
     uniform_rank,
@@ -26,26 +25,20 @@ TILE = 2 * COUNTERS
 
 @kernel
 def _fill_words(words, first_counter, k0, k1, step, stream):
-    """words (4, COUNTERS): the Philox words of consecutive counters.
+    """words (4, COUNTERS) uint64: the Philox words of consecutive counters, in the lower halves.
 
     Ten rounds in one loop are left scalar by the compiler; two passes of five are not.
     """
     for t in range(COUNTERS):
         counter = u64(first_counter) + u64(t)
-        words[0, t] = u32(counter & u64(0xFFFFFFFF))
-        words[1, t] = u32(counter >> u64(32))
-        words[2, t] = step
-        words[3, t] = stream
-    for _ in range(2):
-        for t in range(COUNTERS):
-            w0, w1, w2, w3 = philox_five_rounds(
-                words[0, t], words[1, t], words[2, t], words[3, t], k0, k1
-            )
-            words[0, t] = w0
-            words[1, t] = w1
-            words[2, t] = w2
-            words[3, t] = w3
-        k0, k1 = philox_advance_key(k0, k1)
+        words[0, t], words[1, t], words[2, t], words[3, t] = philox_five_rounds(
+            counter, counter >> u64(32), step, stream, k0, k1
+        )
+    k0, k1 = philox_advance_key(k0, k1)
+    for t in range(COUNTERS):
+        words[0, t], words[1, t], words[2, t], words[3, t] = philox_five_rounds(
+            words[0, t], words[1, t], words[2, t], words[3, t], k0, k1
+        )
 
 
 @kernel
@@ -72,7 +65,7 @@ def draw_uniforms(out, start, stop, first_tile, k0, k1, step, stream):
     `start` is a multiple of TILE. So in every kernel of this family.
     """
     u = np.empty(TILE)
-    words = np.empty((4, COUNTERS), np.uint32)
+    words = np.empty((4, COUNTERS), np.uint64)
     for first in range(start, stop, TILE):
         _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
         tile = out[first : min(first + TILE, stop)]
@@ -91,7 +84,7 @@ def _kernel(rank):
     @kernel
     def draw(out, start, stop, first_tile, k0, k1, step, stream, first_id, *law):
         u = np.empty(TILE)
-        words = np.empty((4, COUNTERS), np.uint32)
+        words = np.empty((4, COUNTERS), np.uint64)
         for first in range(start, stop, TILE):
             _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
             tile = out[first : min(first + TILE, stop)]
