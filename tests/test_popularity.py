@@ -470,13 +470,6 @@ def test_draws_into_given_memory(law, dtype):
     assert (memory[[0, -1]] == -1).all()
 
 
-@every_law
-def test_draws_start_at_any_tile(law):
-    out = np.empty(2000, np.int64)
-    law._fill(out, stream_words(10, 0, 0), first_tile=2)
-    assert (out == law.draw(4048, seed=10)[2048:]).all()
-
-
 @pytest.mark.parametrize("law", [LogUniform(5, first_id=3), Uniform(5, first_id=3)])
 def test_both_ends_are_drawn(law):
     assert np.unique(law.draw(1000, seed=11)).tolist() == [3, 4, 5, 6, 7]

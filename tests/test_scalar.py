@@ -173,8 +173,11 @@ def test_uniforms_follow_the_documented_order(seed, step, stream):
 def test_counters_carry_into_their_second_word():
     # A tile whose counters cross 2**32.
     tile = 2**32 // kernels.COUNTERS
-    u = np.empty(2 * kernels.TILE)
-    kernels.draw_uniforms(u, 0, u.size, tile - 1, *stream_words(11, 12, 13))
+    u = np.empty((2, kernels.TILE))
+    words = np.empty((4, kernels.COUNTERS), np.uint64)
+    for row in range(2):
+        kernels._fill_uniforms(u[row], words, tile - 1 + row, *stream_words(11, 12, 13))
+    u = u.ravel()
     first = (tile - 1) * kernels.TILE
     for i in (0, 63, kernels.TILE - 1, kernels.TILE, kernels.TILE + 40, u.size - 1):
         assert Fraction(u[i]) == uniform_in_integers(first + i, 11, 12, 13)

@@ -1,4 +1,4 @@
-"""The command line: demo, train, info."""
+"""The command line: demo, train, fit, info."""
 
 import contextlib
 import importlib.metadata
@@ -353,6 +353,59 @@ def _reporting(trainer: Any, steps: int) -> Iterator[int]:
         recent = loss if recent is None else 0.98 * recent + 0.02 * loss
         bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
         yield trainer.steps_done
+
+
+@app.command()
+def fit(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="CSV or TSV with a header line, Parquet, or text with one id a line (.txt); all "
+            "but Parquet also as .gz."
+        ),
+    ],
+    item: Annotated[
+        str | None,
+        _option(COLUMNS, "Item ids, one occurrence a row.", show_default="the first column"),
+    ] = None,
+    counts: Annotated[
+        str | None,
+        _option(
+            COLUMNS,
+            "Counts, one id a row; with --item too, an item's counts are summed.",
+            show_default="none: occurrences are counted",
+        ),
+    ] = None,
+    delimiter: Annotated[
+        str | None,
+        _option(COLUMNS, "What stands between columns of CSV.", show_default="as in the header"),
+    ] = None,
+    out: Annotated[Path, _option(OUTPUT, "Folder for the picture.")] = Path("zipfneg-fit"),
+) -> None:
+    """Fit a Zipf-Mandelbrot law to counts and show how well it fits.
+
+    Counts the ids of the file, or reads their counts, and ranks them by frequency. Prints the law
+    of maximum likelihood, P(k) ∝ (k + 1 + shift)^−exponent for k = 0, 1, ..., with standard errors;
+    what it, the log-uniform and the uniform law lose in nats per draw (KL); their
+    Kolmogorov-Smirnov distances; and which law to take.
+
+    The folder --out receives fit.png: the counts by rank with the laws, and what the laws miss.
+
+    Example: **zipfneg fit ratings.csv --item movie**
+    """
+    _need("matplotlib", "pyarrow")
+    from . import fitting
+    from .data import read_counts
+
+    source, values = read_counts(file, item, counts, delimiter)
+    out.mkdir(parents=True, exist_ok=True)
+    picture = out / "fit.png"
+    found = fitting.fit(values)
+    typer.echo(f"{file}: {source}")
+    for line in fitting.report(found):
+        typer.echo(line)
+    fitting.draw_picture(picture, found)
+    typer.echo(f"\npicture: {picture}")
 
 
 # What each optional package is for, and the extra that brings it.

@@ -1,10 +1,11 @@
-"""Files of (query, item) pairs in, tables of embeddings out, for the command line."""
+"""Files of pairs or counts in, tables of embeddings out, for the command line."""
 
 import contextlib
 import csv
 import io
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ import pyarrow.parquet
 from .checks import NDArray
 from .files import replacing
 from .training import Pairs
+
+DELIMITERS = ",\t;|"
 
 
 class Interactions(NamedTuple):
@@ -76,17 +79,97 @@ def read_interactions(
     )
 
 
-def _read_columns(path: Path, columns: list[str | None], delimiter: str | None) -> pa.Table:
-    """The columns of a Parquet or CSV file in the given order; those of CSV as int64 or text."""
+def read_counts(
+    path: Path,
+    item_column: str | None = None,
+    count_column: str | None = None,
+    delimiter: str | None = None,
+) -> tuple[str, NDArray]:
+    """How often each id occurs, and in words where that was found.
+
+    Without `count_column` every row is an occurrence of its item. With it each row brings its
+    count: to its item if that column is named too, else to an id of its own. Text (.txt) whose
+    first line has no delimiter is a list without a header, one id a line.
+
+    Raises
+    ------
+    ValueError
+        As `read_interactions`, and for counts that are none, and for fewer than three ids.
+    """
+    _expect_file(path)
+    named = [name for name in (item_column, count_column) if name is not None]
+    listed = None if named or delimiter else _listed_ids(path)
+    if listed is not None:
+        source, counts = "one id a line", np.array(list(listed.values()), np.float64)
+    else:
+        table = _read_columns(path, [*named] or [None], delimiter)
+        source = f"occurrences of {table.column_names[0]!r}"
+        weights = None
+        if count_column is not None:
+            source = f"counts from {count_column!r}"
+            weights = counts = _count_values(path, count_column, table[-1], delimiter)
+        if count_column is None or item_column is not None:
+            number, ids = codes(table[0])
+            counts = np.bincount(number, weights, minlength=len(ids))
+            if weights is not None:
+                source += f" by {item_column!r}"
+    if np.count_nonzero(counts) < 3:
+        raise ValueError(
+            f"{path}: expected three different ids or more, got {np.count_nonzero(counts)}"
+        )
+    return source, counts
+
+
+def _listed_ids(path: Path) -> Counter[str] | None:
+    """The ids of a list, one a line, with their number; None if the file is no list."""
+    if not re.search(r"\.txt(\.\w+)?$", path.name.lower()):
+        return None
+    try:
+        with _open_text(path, "strict") as lines:
+            first = lines.readline()
+            if any(by in first for by in DELIMITERS):
+                return None
+            ids = Counter(line.strip() for line in itertools.chain([first], lines))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    del ids[""]
+    return ids
+
+
+def _count_values(path: Path, name: str, column: pa.ChunkedArray, delimiter: str | None) -> NDArray:
+    try:
+        counts = pc.cast(column, pa.float64(), safe=False).to_numpy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(f"{path}: column {name!r}: expected numbers: {error}") from error
+    bad = ~((counts >= 0) & np.isfinite(counts))
+    if bad.any():
+        row = int(np.argmax(bad))
+        if path.suffix.lower() != ".parquet":
+            delimiter = _header(path, delimiter, 1)[1]
+        raise ValueError(
+            f"{path}: column {name!r}: expected counts ≥ 0, got {counts[row]:g} in "
+            f"{_place(path, delimiter, row)}"
+        )
+    return counts
+
+
+def _expect_file(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: {'expected a file' if path.exists() else 'no such file'}")
+
+
+def _read_columns(path: Path, columns: list[str | None], delimiter: str | None) -> pa.Table:
+    """The columns of a Parquet or CSV file in the given order; those of CSV as int64 or text."""
+    _expect_file(path)
     is_parquet = path.suffix.lower() == ".parquet"
     try:
         if is_parquet:
             names = _chosen(path, pa.parquet.read_schema(path).names, columns)
             table = pa.parquet.read_table(path, columns=names).select(names)
         else:
-            header, delimiter = _header(path, delimiter)
+            header, delimiter = _header(path, delimiter, min(2, len(columns)))
             names = _chosen(path, header, columns)
             table = pa.csv.read_csv(
                 path,
@@ -125,9 +208,8 @@ def _plain(
         column = column.cast(column.type.value_type)
     missing = pc.is_null(column, nan_is_null=True)
     if pc.any(missing).as_py():
-        row = pc.index(missing, True).as_py() + 1
-        where = f"line {_line(path, delimiter, row + 1)}" if delimiter else f"row {row}"
-        raise ValueError(f"{path}: column {name!r} is empty in {where}")
+        row = pc.index(missing, True).as_py()
+        raise ValueError(f"{path}: column {name!r} is empty in {_place(path, delimiter, row)}")
     if delimiter:
         with contextlib.suppress(pa.ArrowInvalid):
             numbers = pc.cast(column, pa.int64())
@@ -137,13 +219,18 @@ def _plain(
     return column
 
 
-def _open_text(path: Path) -> io.TextIOWrapper:
+def _place(path: Path, delimiter: str | None, row: int) -> str:
+    """Row `row` of the data as a reader of the file counts; Parquet has no delimiter."""
+    return f"line {_line(path, delimiter, row + 2)}" if delimiter else f"row {row + 1}"
+
+
+def _open_text(path: Path, errors: str = "replace") -> io.TextIOWrapper:
     # Arrow's stream unpacks .gz and the like by the file's name.
     stream = pa.input_stream(str(path))
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors=errors, newline="")
 
 
-def _header(path: Path, delimiter: str | None) -> tuple[list[str], str]:
+def _header(path: Path, delimiter: str | None, least: int) -> tuple[list[str], str]:
     with _open_text(path) as lines:
         header = lines.readline()
     if not header.strip():
@@ -155,8 +242,8 @@ def _header(path: Path, delimiter: str | None) -> tuple[list[str], str]:
         return next(csv.reader([header], delimiter=by))
 
     if delimiter is None:
-        delimiter = max(",\t;|", key=lambda by: len(split(by)))
-        if len(split(delimiter)) < 2:
+        delimiter = max(DELIMITERS, key=lambda by: len(split(by)))
+        if len(split(delimiter)) < least:
             raise ValueError(
                 f"{path}: expected a header of two columns or more, separated by comma, tab, "
                 f"semicolon or bar, got {header.strip()[:80]!r}"
@@ -185,7 +272,8 @@ def _chosen(path: Path, names: list[str], columns: list[str | None]) -> list[str
     # A column without a name is an index that pandas wrote.
     free = [name for name in names if name and name not in columns]
     if len(free) < columns.count(None):
-        raise ValueError(f"{path}: expected two columns or more, got {', '.join(names)}")
+        least = "two columns" if len(columns) > 1 else "a column with a name"
+        raise ValueError(f"{path}: expected {least} or more, got {', '.join(names)}")
     chosen = [name if name is not None else free.pop(0) for name in columns]
     for name in chosen:
         if chosen.count(name) > 1 or names.count(name) > 1:

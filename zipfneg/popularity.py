@@ -161,13 +161,11 @@ class Law:
         self._fill(target.reshape(-1), words)
         return out
 
-    def _fill(self, out: NDArray, words: tuple[Any, ...], first_tile: int = 0) -> None:
-        """The draws from tile `first_tile` on into the flat `out`."""
+    def _fill(self, out: NDArray, words: tuple[Any, ...]) -> None:
+        """Draws 0 to out.size − 1 into the flat `out`."""
         kernel, parameters = self._kernel()
         for_spans(
-            lambda start, stop: kernel.draw(
-                out, start, stop, first_tile, *words, self.first_id, *parameters
-            ),
+            lambda start, stop: kernel.draw(out, start, stop, *words, self.first_id, *parameters),
             out.size,
             THREAD_GRAIN,
         )
@@ -220,7 +218,7 @@ def uniforms(size: int, words: tuple[Any, ...]) -> NDArray:
     """The uniforms in (0, 1) behind `Law.draw`: draw i is made of uniform i."""
     out = np.empty(size)
     for_spans(
-        lambda start, stop: kernels.draw_uniforms(out, start, stop, 0, *words), size, THREAD_GRAIN
+        lambda start, stop: kernels.draw_uniforms(out, start, stop, *words), size, THREAD_GRAIN
     )
     return out
 

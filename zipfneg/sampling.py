@@ -10,7 +10,6 @@ import numpy as np
 from . import checks, logq
 from .candidates import Candidates
 from .checks import NDArray
-from .cpu import sampling as kernels
 from .interop import NUMPY, Array, Home, as_array, borrow, view_of
 from .popularity import Empirical, Law, stream_words, uniforms
 
@@ -154,18 +153,11 @@ class PopularitySampler:
     def _unique(self, words: tuple[Any, ...]) -> tuple[NDArray, int]:
         if self._time > 4 * self.law.num_items + 64:
             return self._race(words)
-        kept = np.empty(self.num_sampled, np.int64)
-        table = np.full(max(16, 1 << (2 * self.num_sampled).bit_length()), -1)
-        # A little more than the expected tries: seldom a second round.
-        tiles = 1 + int(1.05 * self._time + 4 * np.sqrt(self._time)) // kernels.TILE
-        draws = np.empty(tiles * kernels.TILE, np.int64)
-        num_kept = num_tries = first_tile = 0
-        while num_kept < self.num_sampled:
-            self.law._fill(draws, words, first_tile)
-            num_kept, looked_at = kernels.keep_first_occurrences(draws, kept, num_kept, table)
-            num_tries += looked_at
-            first_tile += tiles
-        return kept, num_tries
+        ids = np.empty(self.num_sampled, np.int64)
+        slots = max(16, 1 << (2 * ids.size).bit_length())
+        table = np.full(slots, -1, np.int32 if self.law.num_items < 2**31 else np.int64)
+        kernel, parameters = self.law._kernel()
+        return ids, kernel.draw_unique(ids, table, *words, self.law.first_id, *parameters)
 
     def _race(self, words: tuple[Any, ...]) -> tuple[NDArray, int]:
         """Each id arrives after an exponential time of rate p; the first S are the sample."""

@@ -59,15 +59,12 @@ def _fill_uniforms(u, words, tile, k0, k1, step, stream):
 
 
 @kernel
-def draw_uniforms(out, start, stop, first_tile, k0, k1, step, stream):
-    """out[start:stop], out[0] being the first draw of tile `first_tile`.
-
-    `start` is a multiple of TILE. So in every kernel of this family.
-    """
+def draw_uniforms(out, start, stop, k0, k1, step, stream):
+    """out[start:stop]; `start` is a multiple of TILE."""
     u = np.empty(TILE)
     words = np.empty((4, COUNTERS), np.uint64)
     for first in range(start, stop, TILE):
-        _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
+        _fill_uniforms(u, words, first // TILE, k0, k1, step, stream)
         tile = out[first : min(first + TILE, stop)]
         for i in range(tile.size):
             tile[i] = u[i]
@@ -77,26 +74,55 @@ class Kernel(NamedTuple):
     """What a law's inverse distribution `rank(u, *law)` compiles to."""
 
     draw: Any
+    draw_unique: Any
     invert: Any
 
 
 def _kernel(rank):
     @kernel
-    def draw(out, start, stop, first_tile, k0, k1, step, stream, first_id, *law):
+    def draw(out, start, stop, k0, k1, step, stream, first_id, *law):
         u = np.empty(TILE)
         words = np.empty((4, COUNTERS), np.uint64)
         for first in range(start, stop, TILE):
-            _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
+            _fill_uniforms(u, words, first // TILE, k0, k1, step, stream)
             tile = out[first : min(first + TILE, stop)]
             for i in range(tile.size):
                 tile[i] = first_id + rank(u[i], *law)
+
+    @kernel
+    def draw_unique(out, table, k0, k1, step, stream, first_id, *law):
+        """The first out.size distinct ids of the draws, in their order; returns the draws taken.
+
+        `table` is a hash set of ranks with open addressing, a power of two in size, −1 where free.
+        """
+        u = np.empty(TILE)
+        words = np.empty((4, COUNTERS), np.uint64)
+        ranks = np.empty(TILE, table.dtype)
+        slots = u64(table.size - 1)
+        num_kept = tile = 0
+        while True:
+            _fill_uniforms(u, words, tile, k0, k1, step, stream)
+            for i in range(TILE):
+                ranks[i] = rank(u[i], *law)
+            for i in range(TILE):
+                # Fibonacci hashing spreads neighbouring ranks, which are the likely ones.
+                slot = (u64(ranks[i]) * u64(0x9E3779B97F4A7C15)) >> u64(20)
+                while table[slot & slots] >= 0 and table[slot & slots] != ranks[i]:
+                    slot += u64(1)
+                if table[slot & slots] < 0:
+                    table[slot & slots] = ranks[i]
+                    out[num_kept] = first_id + ranks[i]
+                    num_kept += 1
+                    if num_kept == out.size:
+                        return tile * TILE + i + 1
+            tile += 1
 
     @kernel
     def invert(out, u, *law):
         for i in range(u.size):
             out[i] = rank(u[i], *law)
 
-    return Kernel(draw, invert)
+    return Kernel(draw, draw_unique, invert)
 
 
 log_uniform = _kernel(log_uniform_rank)
@@ -136,25 +162,3 @@ def build_alias(weights, threshold, alias):
         threshold[large[i]] = 1.0
     for i in range(num_small):
         threshold[small[i]] = 1.0
-
-
-@kernel
-def keep_first_occurrences(draws, kept, num_kept, table):
-    """Append the ids of `draws` not seen before to `kept`, until it is full.
-
-    `table` is an open-addressing hash set of the kept ids, a power of two in size, −1 where free.
-    Returns the number kept and the number of draws looked at.
-    """
-    slots = u64(table.size - 1)
-    for i in range(draws.size):
-        if num_kept == kept.size:
-            return num_kept, i
-        # Fibonacci hashing spreads neighbouring ids, which are the likely ones.
-        slot = (u64(draws[i]) * u64(0x9E3779B97F4A7C15)) >> u64(20)
-        while table[slot & slots] >= 0 and table[slot & slots] != draws[i]:
-            slot += u64(1)
-        if table[slot & slots] < 0:
-            table[slot & slots] = draws[i]
-            kept[num_kept] = draws[i]
-            num_kept += 1
-    return num_kept, draws.size
