@@ -112,7 +112,11 @@ def machine() -> dict[str, Any]:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"machine": platform.machine(), "cpus": os.cpu_count(), "commit": commit, **packages}
+    cpu = platform.processor() or platform.machine()
+    for text in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else ():
+        if text.startswith("model name"):
+            cpu = text.partition(":")[2].strip()
+    return {"cpu": cpu, "cpus": os.cpu_count(), "commit": commit, **packages}
 
 
 def main(

@@ -19,7 +19,11 @@ KERNELS = {name for name in MODULES if name.startswith(("cpu", "cuda"))} | {"sca
 DRAWING = {"popularity", "logq", "sampling"}
 COSTING = {"masking", "loss", "retrieval"}
 # Modules that only the command line needs, and the packages they may import.
-OPTIONAL = {"data": {"pyarrow"}, "demo": {"pyarrow", "matplotlib", "wordsegment"}}
+OPTIONAL = {
+    "data": {"pyarrow"},
+    "demo": {"pyarrow", "matplotlib", "wordsegment"},
+    "fitting": {"matplotlib"},
+}
 CORE_PACKAGES = {"numpy", "numba", "ml_dtypes"}
 COMMAND_LINE = {"cli": {"typer", "tqdm", "cupy"}}
 
@@ -59,7 +63,7 @@ def test_the_wings_do_not_know_each_other():
 
 
 def test_only_the_command_line_knows_the_trainer_and_files():
-    above = {"training", "data", "demo", "files", "cli"}
+    above = {"training", "data", "demo", "fitting", "files", "cli"}
     for name in MODULES.keys() - above:
         assert not imports(name)[0] & above, name
 

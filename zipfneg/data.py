@@ -99,6 +99,7 @@ def read_counts(
     _expect_file(path)
     named = [name for name in (item_column, count_column) if name is not None]
     listed = None if named or delimiter else _listed_ids(path)
+    counts: NDArray
     if listed is not None:
         source, counts = "one id a line", np.array(list(listed.values()), np.float64)
     else:
@@ -272,8 +273,8 @@ def _chosen(path: Path, names: list[str], columns: list[str | None]) -> list[str
     # A column without a name is an index that pandas wrote.
     free = [name for name in names if name and name not in columns]
     if len(free) < columns.count(None):
-        least = "two columns" if len(columns) > 1 else "a column with a name"
-        raise ValueError(f"{path}: expected {least} or more, got {', '.join(names)}")
+        least = "two columns or more" if len(columns) > 1 else "a column with a name"
+        raise ValueError(f"{path}: expected {least}, got {', '.join(names)}")
     chosen = [name if name is not None else free.pop(0) for name in columns]
     for name in chosen:
         if chosen.count(name) > 1 or names.count(name) > 1:

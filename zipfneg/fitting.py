@@ -53,7 +53,7 @@ def report(found: Fit) -> list[str]:
         f"shift    {law.shift:.4f} ± {fitted.shift_error:.2g}",
     ]
     if law.exponent > 49.9:  # where the search ends
-        lines.append("the counts fall faster than any power of the rank: mistrust this law")
+        lines.append("the counts fall faster than any power of the rank: no such law fits them")
     lines += ["", f"{'':16}{'KL (nats per draw)':>20}{'KS distance':>14}"]
     for name in found.laws:
         lines.append(f"{name:16}{found.kl[name]:20.4f}{found.ks[name]:14.4f}")
@@ -61,12 +61,12 @@ def report(found: Fit) -> list[str]:
     if gain > WORTH_FITTING:
         advice = f"Zipf-Mandelbrot, {gain:.3g} nats per draw closer than log-uniform"
     else:
-        advice = f"log-uniform: fitting gains {gain:.2g} nats per draw"
+        advice = f"log-uniform: fitting gains only {gain:.2g} nats per draw"
     return [
         *lines,
         "",
-        "with the counts at hand: Empirical(counts), which is exact",
-        f"without them: {advice}",
+        "which law: Empirical(counts) where the counts are at hand, for it is exact;",
+        f"           else {advice}",
         "",
         "law = "
         f"ZipfMandelbrot({law.num_items}, {law.exponent:.8g}, shift={law.shift:.8g})"
@@ -79,12 +79,15 @@ def binned_residuals(
 ) -> tuple[NDArray, NDArray, NDArray]:
     """log(count/expected) summed over bins of equal width in log rank; NaN where none occurred.
 
-    Single ranks of the tail would show chance alone. Also gives the bins' edges, as ranks from 1.
+    Single ranks of the tail would show chance alone. Also gives the bins' first and last ranks,
+    counted from 1.
     """
     edges = np.unique(np.geomspace(1, counts.size + 1, num_bins + 1).round().astype(np.int64))
-    expected = counts.sum() * np.diff(law.cdf(edges - 2))  # cdf is 0 below the first id
-    seen = np.add.reduceat(counts, edges[:-1] - 1)
-    return np.log(np.where(seen > 0, seen, np.nan) / expected), edges[:-1], edges[1:] - 1
+    starts = edges[:-1] - 1
+    seen = np.add.reduceat(counts, starts) / counts.sum()
+    # A steep law's tail is too thin for exp.
+    log_expected = np.logaddexp.reduceat(law.log_prob(np.arange(counts.size)), starts)
+    return np.log(np.where(seen > 0, seen, np.nan)) - log_expected, edges[:-1], edges[1:] - 1
 
 
 def draw_picture(path: Path, found: Fit) -> None:
@@ -111,7 +114,7 @@ def draw_picture(path: Path, found: Fit) -> None:
     right.set(
         xlabel="popularity rank (id + 1)",
         ylabel="log(count / expected)",
-        title="What the laws miss",
+        title="What the laws miss: above 0, drawn too seldom",
     )
     right.legend()
     with replacing(path) as file:
