@@ -2,9 +2,9 @@
 
     python bench/sampling.py [--threads 1] [--out bench/results/sampling.jsonl]
 
-Each case checks its draws against the law before it is timed. Competitors run where they are
-installed: TensorFlow's candidate sampler, NumPy's inverse transform, choice and SciPy's zipfian,
-torch.multinomial. One JSON line a case.
+zipfneg's draws are checked against the law before they are timed. Competitors run where they are
+installed, on the threads they choose themselves: TensorFlow's candidate sampler, NumPy's inverse
+transform and choice, torch.multinomial. One JSON line a case.
 """
 
 import importlib.metadata

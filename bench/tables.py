@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Benchmarks
 
 Written by `bench/tables.py` from the lines in `bench/results`; the commands are in the scripts. All
-competitors of a case run in one process on the same machine, each result is checked before it is
-timed, and figures are medians. Machines differ and are noisy: trust the ratios.
+competitors of a case run in one process on the same machine, zipfneg's result is checked before it
+is timed, and figures are medians. Machines differ and are noisy: trust the ratios.
 """
 
 
@@ -32,8 +32,9 @@ def sampling() -> str:
     )
     rows = [
         "\n## Sampling\n",
-        f"`bench/sampling.py`, {about['cpu']}, {about['cpus']} CPUs; {versions}. Times relative to "
-        "zipfneg on as many threads.\n",
+        f"`bench/sampling.py`, {about['cpu']}, {about['cpus']} CPUs; {versions}. Threads are those "
+        "of zipfneg, which draws unique ids on one; the others use those they choose. zipfneg "
+        "fills a given array, the others make theirs.\n",
         "| case | | threads of zipfneg | million ids/s | time, relative |",
         "|---|---|---|---|---|",
     ]

@@ -136,3 +136,46 @@ def test_ids_out_of_range_are_named():
 def test_the_range_must_be_known():
     with pytest.raises(ValueError, match="ids: expected all ids that the sampler can give"):
         check_sampler(InBatchSampler(LAW), positives=batch)
+
+
+def test_nan_and_infinite_log_q_are_named():
+    for value in (np.nan, np.inf):
+        wrong = WithLogQ(
+            PopularitySampler(LAW, 9), lambda ids, value=value: np.full(ids.shape, value)
+        )
+        assert not check_sampler(wrong, ids=IDS, num_draws=20)
+
+    class BrokenDraw(WithLogQ):
+        def sample(self, positives=None, *, step=0):
+            draw = self.sampler.sample(positives, step=step)
+            log_q = np.full(draw.negatives.ids.shape, np.nan)
+            return draw._replace(negatives=draw.negatives._replace(log_q=log_q))
+
+    sampler = PopularitySampler(LAW, 9)
+    report = check_sampler(BrokenDraw(sampler, sampler.log_q), ids=IDS, num_draws=20)
+    assert "log q of the negatives" in failed(report)
+
+
+def test_a_wrong_log_q_of_the_positives_is_named():
+    class WrongPositives(WithLogQ):
+        def sample(self, positives=None, *, step=0):
+            draw = self.sampler.sample(positives, step=step)
+            return draw._replace(positives=draw.positives._replace(log_q=np.full(64, -7.0)))
+
+    sampler = PopularitySampler(LAW, 9)
+    wrong = WrongPositives(sampler, sampler.log_q)
+    report = check_sampler(wrong, ids=IDS, positives=batch, num_draws=20)
+    assert "log q of the positives" in failed(report)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_groups": 0}, "num_groups: expected an integer from 1"),
+        ({"error_rate": 0}, "error_rate: expected a probability, got 0"),
+        ({"tolerance": -1}, "tolerance: expected a number from 0 to 1, got -1"),
+    ],
+)
+def test_bad_options(options, text):
+    with pytest.raises(ValueError, match=text):
+        check_sampler(PopularitySampler(LAW, 9), **options)

@@ -153,3 +153,19 @@ def test_steps_must_rise():
     estimator.update(np.array([1]), 5)
     with pytest.raises(ValueError, match="step: expected above 5, the last one, got 5"):
         estimator.update(np.array([1]), 5)
+
+
+def test_a_stream_may_start_at_any_step():
+    early, late = (FrequencyEstimator(1000, decay=0.02) for _ in range(2))
+    for step in range(300):
+        ids = np.array([1, 1, 2 + step % 4])
+        early.update(ids, step)
+        late.update(ids, 50_000 + step)
+    assert (early.log_q(range(9)) == late.log_q(range(9))).all()
+
+
+def test_a_state_that_is_not_whole_is_refused():
+    state = FrequencyEstimator(9, decay=0.1).state()
+    del state["gap"]
+    with pytest.raises(ValueError, match=r"state: expected first_step, .* missing gap"):
+        FrequencyEstimator.from_state(state)

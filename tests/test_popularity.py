@@ -657,11 +657,11 @@ def test_int32_that_does_not_hold_the_ids():
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ((10, -0.1), ValueError, "exponent: expected a number ≥ 0, got -0.1"),
-        ((10, float("nan")), ValueError, "exponent: expected a number ≥ 0, got nan"),
-        ((10, float("inf")), ValueError, "exponent: expected a number ≥ 0, got inf"),
-        ((10, "1"), ValueError, "exponent: expected a number ≥ 0, got '1'"),
-        ((10, 1.0, -1.0), ValueError, "shift: expected a number above −1, got -1.0"),
+        ((10, -0.1), ValueError, "exponent: expected a number ≥ 0, to 1e12, got -0.1"),
+        ((10, float("nan")), ValueError, "exponent: expected a number ≥ 0, to 1e12, got nan"),
+        ((10, float("inf")), ValueError, "exponent: expected a number ≥ 0, to 1e12, got inf"),
+        ((10, "1"), ValueError, "exponent: expected a number ≥ 0, to 1e12, got '1'"),
+        ((10, 1.0, -1.0), ValueError, "shift: expected a number above −1, to 1e12, got -1.0"),
         ((0, 1.0), ValueError, "num_items: expected an integer from 1"),
     ],
 )
@@ -721,3 +721,17 @@ def test_fits_that_cannot_be():
         ZipfMandelbrot.fit([5, 4, 0])
     with pytest.raises(ValueError, match=r"counts: expected numbers ≥ 0, got -1\.0 at 1"):
         ZipfMandelbrot.fit([5, -1, 2])
+
+
+def test_what_the_counts_do_not_tell_has_no_finite_error():
+    flat = ZipfMandelbrot.fit([5] * 1000)
+    assert flat.exponent == pytest.approx(0, abs=1e-6)
+    assert flat.fitted.shift_error == np.inf
+
+
+def test_a_fit_finds_a_large_shift():
+    law = ZipfMandelbrot(20_000, 1.0, 1e6)
+    found = ZipfMandelbrot.fit(np.exp(law.log_prob(np.arange(20_000))) * 1e9)
+    assert found.fitted.kl < 1e-9
+    # The likelihood is all but flat, and the errors say so.
+    assert found.fitted.exponent_error > 0.1

@@ -21,7 +21,8 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return abs(self.observed - self.expected) <= self.allowed
+        # Not so for NaN, nor for an infinity on both sides.
+        return abs(self.observed - self.expected) <= self.allowed < np.inf
 
 
 class SamplerReport(NamedTuple):
@@ -63,7 +64,8 @@ def check_sampler(
 
     Parameters
     ----------
-    sampler : with `sample(positives, *, step)` and `log_q(ids, *, batch_size)`.
+    sampler : with `sample(positives, *, step)` that returns a `Draw`, and `log_q(ids, *,
+        batch_size)`.
     ids : every id that the sampler can give; None takes them from `sampler.law`.
     positives : for samplers that need a batch, its item ids as a function of the step. They must be
         drawn independently, as often as the sampler believes.
@@ -83,9 +85,14 @@ def check_sampler(
     >>> from zipfneg import LogUniform, PopularitySampler
     >>> report = check_sampler(PopularitySampler(LogUniform(1000), 100))
     >>> bool(report), len(report.checks)
-    (True, 25)
+    (True, 27)
     """
     checks.integer("num_draws", num_draws, 2, 2**40)
+    checks.integer("num_groups", num_groups, 1, 2**40)
+    if not 0 < error_rate < 1:
+        raise ValueError(f"error_rate: expected a probability, got {error_rate}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance: expected a number from 0 to 1, got {tolerance}")
     if ids is None:
         law = getattr(sampler, "law", None)
         if law is None:
@@ -94,7 +101,12 @@ def check_sampler(
     all_ids = np.unique(as_array(ids, "ids"))
     batch_size = None if positives is None else len(positives(0))
     log_q = np.asarray(sampler.log_q(all_ids, batch_size=batch_size))
-    all_ids, log_q = all_ids[log_q > -np.inf], log_q[log_q > -np.inf]
+    # −inf says that the sampler never draws an id; NaN and +inf say nothing.
+    nonsense = int(np.count_nonzero(np.isnan(log_q) | (log_q == np.inf)))
+    is_number = Check("ids whose log q is NaN or infinite", nonsense, 0, 0)
+    all_ids, log_q = all_ids[np.isfinite(log_q)], log_q[np.isfinite(log_q)]
+    if not len(all_ids):
+        return SamplerReport((is_number,))
     q = np.exp(log_q)
 
     by_q = np.argsort(-q, kind="stable")
@@ -110,16 +122,24 @@ def check_sampler(
 
     counts = np.zeros((num_draws, len(groups)))
     inverse = np.zeros(num_draws)
-    outside = disagreement = 0.0
+    outside = disagreement = of_positives = 0.0
     for step in range(num_draws):
-        negatives = draw(step).negatives
+        drawn_positives, negatives, _ = draw(step)
+        if drawn_positives is not None:
+            given_log_q = np.asarray(drawn_positives.log_q)
+            known_log_q = sampler.log_q(drawn_positives.ids, batch_size=batch_size)
+            with np.errstate(invalid="ignore"):
+                apart = np.abs(given_log_q - np.asarray(known_log_q)).max(initial=0.0)
+            of_positives = float(np.maximum(of_positives, apart))
         drawn, drawn_log_q = as_array(negatives.ids).ravel(), as_array(negatives.log_q).ravel()
         place = np.searchsorted(all_ids, drawn).clip(max=len(all_ids) - 1)
         known = all_ids[place] == drawn
         outside += np.count_nonzero(~known)
         place, drawn_log_q = place[known], drawn_log_q[known]
         if len(place):
-            disagreement = max(disagreement, float(np.abs(drawn_log_q - log_q[place]).max()))
+            with np.errstate(invalid="ignore"):
+                apart = np.abs(drawn_log_q - log_q[place]).max()
+            disagreement = float(np.maximum(disagreement, apart))  # NaN stays NaN
         for numbers in group_of[:, place]:
             counts[step] += np.bincount(numbers[numbers >= 0], minlength=len(groups))
         inverse[step] = np.exp(-log_q[place]).sum()
@@ -129,8 +149,10 @@ def check_sampler(
     differ = not np.array_equal(as_array(again), as_array(other))
     everything = len(as_array(again)) == len(all_ids)  # a permutation of all, or all in order
     found = [
+        is_number,
         Check("ids outside the sampler's range", outside, 0, 0),
-        Check("log q of the draw against log_q(ids)", disagreement, 0, 1e-5),
+        Check("log q of the negatives against log_q(ids)", disagreement, 0, 1e-5),
+        Check("log q of the positives against log_q(ids)", of_positives, 0, 1e-5),
         Check("a step drawn again gives the same ids", float(same), 1, 0),
         Check("another step gives other ids", float(differ or everything), 1, 0),
     ]

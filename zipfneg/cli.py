@@ -280,7 +280,6 @@ def train(
         f"{len(data.train.query_ids):,} pairs to train on, {len(data.held_out.query_ids):,} held "
         f"out; {num_queries:,} queries, {num_items:,} items"
     )
-    out.mkdir(parents=True, exist_ok=True)
     source: Any
     if sampler == "in-batch":
         source = sampling.InBatchSampler(data.item_counts)
@@ -305,6 +304,7 @@ def train(
         top_ks=(),
     )
     tables = initial_tables(num_queries, num_items, dim, seed)
+    out.mkdir(parents=True, exist_ok=True)  # now, not after hours of training
     trainer = Trainer(tables, data.train, head, batch_size, learning_rate, seed)
     if resume:
         trainer.load(checkpoint, settings)
@@ -413,12 +413,12 @@ _OPTIONAL = {
     "matplotlib": ("pictures", "demo"),
     "pyarrow": ("CSV and Parquet files", "demo"),
     "wordsegment": ("the demo's data", "demo"),
-    "cupy": ("CUDA arrays", "cu13"),
-    "numba_cuda": ("CUDA kernels", "cu13"),
+    "cupy": ("CUDA arrays*", "cu13"),
+    "numba_cuda": ("CUDA kernels*", "cu13"),
     "torch": ("PyTorch tensors", "torch"),
     "jax": ("JAX arrays", "jax"),
     "tensorflow": ("TensorFlow tensors", "tensorflow"),
-    "mpi4py": ("several processes", "mpi"),
+    "mpi4py": ("several processes*", "mpi"),
 }
 
 
@@ -444,6 +444,7 @@ def info() -> None:
         else:
             state = f"missing; pip install 'zipfneg[{extra}]'"
         typer.echo(f"{purpose:24}{module:14}{state}")
+    typer.echo("* planned: this version does not use it")
 
 
 def _cuda() -> str:

@@ -216,6 +216,11 @@ class ContrastiveOutput:
                 )
             p, v, p_bias, v_bias = embeddings, draw.negatives.embeddings, bias, draw.negatives.bias
 
+        if draw.positives is None or np.ndim(draw.negatives.ids) != 1:
+            raise ValueError(
+                "samplers: expected a draw of the positives and of negatives with ids (S,), got "
+                f"positives {draw.positives} and ids of shape {np.shape(draw.negatives.ids)}"
+            )
         hits = self.mask_accidental_hits
         compare = hits or known_positives is not None
         prepared = prepare(

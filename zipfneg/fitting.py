@@ -57,11 +57,12 @@ def report(found: Fit) -> list[str]:
     lines += ["", f"{'':16}{'KL (nats per draw)':>20}{'KS distance':>14}"]
     for name in found.laws:
         lines.append(f"{name:16}{found.kl[name]:20.4f}{found.ks[name]:14.4f}")
-    gain = found.kl["log-uniform"] - found.kl["Zipf-Mandelbrot"]
+    simple = min(("log-uniform", "uniform"), key=lambda name: found.kl[name])
+    gain = found.kl[simple] - found.kl["Zipf-Mandelbrot"]
     if gain > WORTH_FITTING:
-        advice = f"Zipf-Mandelbrot, {gain:.3g} nats per draw closer than log-uniform"
+        advice = f"Zipf-Mandelbrot, {gain:.3g} nats per draw closer than {simple}"
     else:
-        advice = f"log-uniform: fitting gains only {gain:.2g} nats per draw"
+        advice = f"{simple}: fitting gains only {gain:.2g} nats per draw"
     return [
         *lines,
         "",

@@ -110,12 +110,12 @@ class FrequencyEstimator:
         self.num_hashes = checks.integer("num_hashes", num_hashes, 1, 64)
         self.seed = checks.integer("seed", seed, 0, 2**64 - 1)
         checks.one_of("mode", mode, ("count", "probability"))
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay: expected a number in (0, 1], got {decay}")
+        if not (isinstance(decay, int | float | np.number) and 0 < decay <= 1):
+            raise ValueError(f"decay: expected a number in (0, 1], got {decay!r}")
         if prior is not None and not 0 < prior < np.inf:
             raise ValueError(f"prior: expected a positive number or None, got {prior}")
         self.decay, self.mode, self.prior = float(decay), mode, prior
-        self.last_step = -1
+        self.first_step = self.last_step = -1  # before the first update
         self._seen_at = np.full((self.num_hashes, self.num_buckets), -1)  # A
         self._gap = np.full((self.num_hashes, self.num_buckets), np.inf)  # G; infinite if unseen
 
@@ -132,6 +132,8 @@ class FrequencyEstimator:
         step = checks.integer("step", step, 0, 2**62)
         if step <= self.last_step:
             raise ValueError(f"step: expected above {self.last_step}, the last one, got {step}")
+        if self.last_step < 0:
+            self.first_step = step
         batch = views["ids"].ravel()
         if self.mode == "probability":
             batch = np.unique(batch)
@@ -139,7 +141,8 @@ class FrequencyEstimator:
             self._seen_at, self._gap, self._buckets(batch), strict=True
         ):
             here, copies = np.unique(buckets, return_counts=True)
-            since = step - seen_at[here]  # of the first sighting: from step −1
+            # The first sighting counts from the step before the stream began.
+            since = step - np.maximum(seen_at[here], self.first_step - 1)
             old = np.where(np.isinf(gap[here]), since / copies, gap[here])
             keep = (1 - self.decay) ** copies
             gap[here] = keep * old + (1 - keep) * since / copies
@@ -152,7 +155,8 @@ class FrequencyEstimator:
         checks.integral("ids", view)
         buckets = self._buckets(view.ravel())
         gaps = np.take_along_axis(self._gap, buckets, axis=1).max(axis=0)
-        unseen = 1 / (self.last_step + 2) if self.prior is None else self.prior
+        steps_seen = self.last_step - self.first_step + 1 if self.last_step >= 0 else 0
+        unseen = 1 / (steps_seen + 1) if self.prior is None else self.prior
         with np.errstate(divide="ignore"):
             log_q = np.where(np.isinf(gaps), np.log(unseen), -np.log(gaps))
         if self.mode == "probability":
@@ -170,6 +174,7 @@ class FrequencyEstimator:
             )
         merged = self.from_state(self.state())
         merged.last_step = max(self.last_step, other.last_step)
+        merged.first_step = min(self.first_step, other.first_step)
         merged._seen_at = np.maximum(self._seen_at, other._seen_at)
         rate, other_rate = 1 / self._gap, 1 / other._gap
         if self.mode == "count":
@@ -184,6 +189,7 @@ class FrequencyEstimator:
         """Everything as plain numbers and arrays, the settings included."""
         return {
             **self._settings(),
+            "first_step": self.first_step,
             "last_step": self.last_step,
             "seen_at": self._seen_at.copy(),
             "gap": self._gap.copy(),
@@ -193,11 +199,15 @@ class FrequencyEstimator:
     def from_state(cls, state: Mapping[str, Any]) -> "FrequencyEstimator":
         """An estimator that goes on where the one of `state` stood."""
         settings = dict(state)
-        last_step, seen_at, gap = (settings.pop(name) for name in ("last_step", "seen_at", "gap"))
+        names = ("first_step", "last_step", "seen_at", "gap")
+        missing = [name for name in names if name not in settings]
+        if missing:
+            raise ValueError(f"state: expected {', '.join(names)}, missing {', '.join(missing)}")
+        first_step, last_step, seen_at, gap = (settings.pop(name) for name in names)
         estimator = cls(**settings)
         checks.shape("seen_at", seen_at, estimator._seen_at.shape, "(num_hashes, num_buckets)")
         checks.shape("gap", gap, estimator._gap.shape, "(num_hashes, num_buckets)")
-        estimator.last_step = int(last_step)
+        estimator.first_step, estimator.last_step = int(first_step), int(last_step)
         estimator._seen_at[...], estimator._gap[...] = seen_at, gap
         return estimator
 

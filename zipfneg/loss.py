@@ -289,35 +289,9 @@ def prepare(
             "sample_weight": sample_weight,
         }
     )
-    for name in ("queries", "positives.embeddings", "negatives.embeddings"):
-        if given[name] is None:
-            raise ValueError(f"{name}: expected an array, got None")
-        checks.floating(name, given[name])
+    _check_shapes(given)
     u, p, v = given["queries"], given["positives.embeddings"], given["negatives.embeddings"]
-    if u.ndim != 2:
-        raise ValueError(f"queries: expected shape (B, D), got {u.shape}")
-    num_queries, dim = u.shape
-    checks.shape("positives.embeddings", p, (num_queries, dim), "(B, D) as queries")
-    if v.ndim not in (2, 3):
-        raise ValueError(
-            f"negatives.embeddings: expected shape (S, D), shared by the batch, or (B, S, D), got "
-            f"{v.shape}"
-        )
-    num_sampled = v.shape[-2]
-    columns = (num_sampled,) if v.ndim == 2 else (num_queries, num_sampled)
-    letters = "(S,)" if v.ndim == 2 else "(B, S)"
-    checks.shape(
-        "negatives.embeddings", v, (*columns, dim), letters[:-1].rstrip(",") + ", D) as queries"
-    )
-    for side, shape, text in (
-        ("positives", (num_queries,), "(B,)"),
-        ("negatives", columns, letters),
-    ):
-        for field in ("ids", "log_q", "bias"):
-            x = given[f"{side}.{field}"]
-            if x is not None:
-                checks.shape(f"{side}.{field}", x, shape, f"{text} as {side}.embeddings")
-                (checks.integral if field == "ids" else checks.floating)(f"{side}.{field}", x)
+    num_queries, num_sampled = len(u), v.shape[-2]
     dtype = np.dtype(np.float64 if np.float64 in (u.dtype, p.dtype, v.dtype) else np.float32)
 
     def converted(name: str) -> NDArray | None:
@@ -326,9 +300,8 @@ def prepare(
         with np.errstate(over="ignore"):
             x = np.ascontiguousarray(given[name], dtype)
         # −inf would turn a correction or a score into NaN, and is no way to drop an item.
-        checks.finite(
-            name, x, ": an id outside the law it was drawn from?" if name.endswith("log_q") else ""
-        )
+        hint = ": an id outside the law it was drawn from?" if name.endswith("log_q") else ""
+        checks.finite(name, x, hint)
         return x
 
     drop = given["mask"]
@@ -368,6 +341,38 @@ def prepare(
         weight /= max(1, num_queries)
     dtypes = {name: x.dtype for name, x in given.items() if x is not None}
     return Prepared(problem, weight, reduction, place, dtypes)
+
+
+def _check_shapes(given: dict[str, Any]) -> None:
+    """Embeddings of three sides, and ids, log q and bias shaped like them."""
+    for name in ("queries", "positives.embeddings", "negatives.embeddings"):
+        if given[name] is None:
+            raise ValueError(f"{name}: expected an array, got None")
+        checks.floating(name, given[name])
+    u, p, v = given["queries"], given["positives.embeddings"], given["negatives.embeddings"]
+    if u.ndim != 2:
+        raise ValueError(f"queries: expected shape (B, D), got {u.shape}")
+    if v.ndim not in (2, 3):
+        raise ValueError(
+            f"negatives.embeddings: expected shape (S, D), shared by the batch, or (B, S, D), got "
+            f"{v.shape}"
+        )
+    (num_queries, dim), num_sampled = u.shape, v.shape[-2]
+    columns: tuple[int, ...] = (num_sampled,)
+    letters, whole = "(S,)", "(S, D)"
+    if v.ndim == 3:
+        columns, letters, whole = (num_queries, num_sampled), "(B, S)", "(B, S, D)"
+    checks.shape("positives.embeddings", p, (num_queries, dim), "(B, D) as queries")
+    checks.shape("negatives.embeddings", v, (*columns, dim), f"{whole} as queries")
+    for side, shape, text in (
+        ("positives", (num_queries,), "(B,)"),
+        ("negatives", columns, letters),
+    ):
+        for field in ("ids", "log_q", "bias"):
+            x = given[f"{side}.{field}"]
+            if x is not None:
+                checks.shape(f"{side}.{field}", x, shape, f"{text} as {side}.embeddings")
+                (checks.integral if field == "ids" else checks.floating)(f"{side}.{field}", x)
 
 
 def check_loss(loss: str) -> None:

@@ -80,7 +80,7 @@ class Law:
         return place.give(np.where(ranks < 0, 0.0, self._cdf(inside)))
 
     def ppf(self, u: Array) -> Array:
-        """The smallest id whose `cdf` is at least `u`: the inverse distribution.
+        """The smallest id whose `cdf` is at least `u`, to the rounding of `u`: the inverse.
 
         Parameters
         ----------
@@ -293,7 +293,7 @@ class LogUniform(Law):
 class Fitted(NamedTuple):
     """How far to trust a fitted law."""
 
-    exponent_error: float  # standard errors, from the curvature of the likelihood
+    exponent_error: float  # standard errors; infinite where the counts do not tell
     shift_error: float
     kl: float  # nats by which the counts' own shares explain a draw better than the law
     ks: float  # largest distance of the two cumulative distributions (Kolmogorov-Smirnov)
@@ -342,8 +342,9 @@ class ZipfMandelbrot(Law):
             ("exponent", self.exponent, 0.0, "≥ 0"),
             ("shift", self.shift, np.nextafter(-1.0, 0.0), "above −1"),
         ):
-            if not (isinstance(value, Real) and low <= value < np.inf):
-                raise ValueError(f"{name}: expected a number {text}, got {value!r}")
+            # Beyond 1e12 the ranks would drown in the shift's rounding.
+            if not (isinstance(value, Real) and low <= value <= 1e12):
+                raise ValueError(f"{name}: expected a number {text}, to 1e12, got {value!r}")
             object.__setattr__(self, name, float(value))
 
     @classmethod
@@ -382,7 +383,8 @@ class ZipfMandelbrot(Law):
         from scipy.optimize import minimize
 
         counts = np.sort(_counts(counts))[::-1]
-        share = counts / counts.sum()
+        share = counts / counts[0]
+        share /= share.sum()
         if np.count_nonzero(counts) < 3:
             raise ValueError("counts: expected three ids or more above zero, got fewer")
         ranks = np.arange(1, counts.size + 1, dtype=np.float64)
@@ -400,10 +402,21 @@ class ZipfMandelbrot(Law):
                 [excess @ log_x, exponent * np.exp(log_offset) * (excess @ (1 / x))]
             )
 
-        best = minimize(
-            loss, [1.0, 0.0], jac=True, method="L-BFGS-B",
-            bounds=[(0, 50), (-10, 20)], options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000},
-        )  # fmt: skip
+        # The likelihood is flat where the shift is large: several starts, the best end.
+        best = min(
+            (
+                minimize(
+                    loss,
+                    [1.0, start],
+                    jac=True,
+                    method="L-BFGS-B",
+                    bounds=[(0, 50), (-10, 27)],
+                    options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000},
+                )
+                for start in (0.0, np.log(counts.size), np.log(counts.size) + 4)
+            ),
+            key=lambda found: float(found.fun),
+        )
         exponent, log_offset = map(float, best.x)
         # Curvature by central differences of the gradient.
         step = 1e-4
@@ -413,8 +426,11 @@ class ZipfMandelbrot(Law):
                 for move in step * np.eye(2)
             ]
         )
-        covariance = np.linalg.pinv((curvature + curvature.T) / 2) / counts.sum()
-        errors = np.sqrt(np.maximum(np.diag(covariance), 0))
+        curvature = (curvature + curvature.T) / 2
+        errors = np.full(2, np.inf)
+        # A direction without curvature is one that the counts say nothing about.
+        if np.linalg.eigvalsh(curvature)[0] > 1e-9 * np.linalg.norm(curvature):
+            errors = np.sqrt(np.diag(np.linalg.inv(curvature)) / counts.sum())
         law = cls(counts.size, exponent, float(np.expm1(log_offset)), first_id=first_id)
         seen = share > 0
         entropy = -(share[seen] * np.log(share[seen])).sum()

@@ -64,10 +64,10 @@ class PopularitySampler:
 
     Notes
     -----
-    Unique sampling never stalls: where rejection would take more than four tries an item, an
-    exponential race over all ids (Efraimidis & Spirakis 2006) gives the same law, and S = N is a
-    random permutation. `num_tries` is then the race's clock, which has the same mean, and at
-    least S.
+    Unique sampling never hangs: where rejection would take more than 4·N tries, an exponential race
+    over all ids (Efraimidis & Spirakis 2006) gives the same law, in time and memory of order N, and
+    S = N is a random permutation. `num_tries` is then the race's clock, which has the same mean,
+    and at least S. A steep law over a huge N makes either slow: little of it can be reached.
 
     The sampler does not avoid the positives: the loss drops accidental hits by their ids.
 
@@ -179,8 +179,8 @@ def merge_repeats(negatives: Candidates) -> Candidates:
 
     Parameters
     ----------
-    negatives : ids (S,) and log_q (S,), as from `PopularitySampler(unique=False)`. Embeddings and
-        bias, where given, must be equal for equal ids: those of one copy stay.
+    negatives : ids (S,) and log_q (S,), as from `PopularitySampler(unique=False)`. log_q, and
+        embeddings and bias where given, must be equal for equal ids: those of one copy stay.
 
     Returns
     -------
@@ -201,7 +201,10 @@ def merge_repeats(negatives: Candidates) -> Candidates:
             f"{None if ids is None else ids.shape} and {None if log_q is None else log_q.shape}"
         )
     checks.integral("negatives.ids", ids)
-    checks.shape("negatives.log_q", log_q, ids.shape, "(S,) as negatives.ids")
+    checks.floating("negatives.log_q", log_q)
+    for name, x in given.items():
+        if x is not None:
+            checks.shape(name, x[..., 0] if x.ndim > 1 else x, ids.shape, "(S,) as negatives.ids")
     distinct, first, copies = np.unique(ids, return_index=True, return_counts=True)
 
     def kept(name: str) -> Array:

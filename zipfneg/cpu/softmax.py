@@ -101,7 +101,8 @@ def _run(
     else:
         shift, total, excess = known[:3]
     better, tied = np.zeros((2, num_queries), np.int64)
-    tolerance = tie_tolerance(u, p, a_0, tau)
+    if ranks:
+        tolerance = tie_tolerance(u, p, a_0, tau)
     if d_loss is not None:
         g_0 = np.empty(num_queries, dtype)
         d_u = np.empty_like(u)
