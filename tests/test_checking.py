@@ -59,6 +59,26 @@ def test_popularity_samplers_are_what_they_claim(sampler):
     assert report, str(report)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_items", "num_sampled", "num_draws"),
+    [
+        (1000, 100, 100_000),
+        (1000, 500, 100_000),
+        (10_000, 1000, 100_000),
+        (100_000, 1000, 100_000),
+        (1_000_000, 8192, 20_000),
+    ],
+)
+def test_log_q_of_unique_draws_over_many_steps(num_items, num_sampled, num_draws):
+    sampler = PopularitySampler(LogUniform(num_items), num_sampled, seed=11)
+    report = check_sampler(sampler, num_draws=num_draws)
+    assert report, str(report)
+    for check in report.checks:
+        if check.name.startswith("copies of ids of group"):
+            assert check.observed == pytest.approx(check.expected, rel=0.003)
+
+
 @pytest.mark.parametrize(
     "sampler",
     [
