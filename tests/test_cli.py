@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from zipfneg import cli, demo, training
+from zipfneg import demo, training
 
 SMALL = ("--num-sampled", 16, "--dim", 8, "--batch-size", 64)
 COMMAND = (sys.executable, "-c", "from zipfneg.cli import main; main()")
@@ -29,23 +29,6 @@ SLOW_TO_SAVE = (
     f"import os, time; os.fsync = lambda file: time.sleep(0.05); {COMMAND[2]}",
 )
 TABLES = ("queries", "items", "query_squares", "item_squares", "steps_done")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process: its exit status, output and errors."""
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["zipfneg", *map(str, args)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

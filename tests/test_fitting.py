@@ -4,35 +4,23 @@ import gzip
 import importlib.util
 import math
 import re
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from zipfneg import LogUniform, ZipfMandelbrot, cli, fitting
+from zipfneg import LogUniform, ZipfMandelbrot, fitting
 from zipfneg.data import read_counts
 
 LAW = ZipfMandelbrot(500, 1.3, 4.0)
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command in this process: its exit status, output and errors."""
-    monkeypatch.setenv("COLUMNS", "160")
+def run(run, monkeypatch, tmp_path):
+    """`zipfneg fit` in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["zipfneg", "fit", *map(str, args)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        return status, *capsys.readouterr()
-
-    return run
+    return lambda *args: run("fit", *args)
 
 
 @pytest.fixture(scope="module")
