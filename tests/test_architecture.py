@@ -52,7 +52,7 @@ def test_kernels_know_no_public_module(name):
 
 
 def test_the_scalar_source_and_the_reference_stand_alone():
-    assert imports("scalar") == (set(), {"math", "numpy", "numba.extending"})
+    assert imports("scalar") == (set(), {"numpy", "numba.extending"})
     assert imports("reference") == (set(), {"typing", "numpy"})
 
 

@@ -197,6 +197,55 @@ def test_exp2_within_two_units_in_the_last_place(compiled):
             assert error < 2 * Decimal(float(np.spacing(power)))
 
 
+def everywhere(low, high):
+    """Numbers of either sign, as there are, from `low` to `high`: large, small and in between."""
+    rng = np.random.default_rng(2)
+    sizes = np.exp(rng.uniform(-40, np.log(max(-low, high)), 4000))
+    x = np.concatenate([sizes, -sizes, rng.uniform(low, high, 2000), [low, high]])
+    return x[(x >= low) & (x <= high)]
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "units"),
+    [
+        ("exp", everywhere(-700, 700), 2),
+        ("expm1", everywhere(-700, 700), 3),
+        ("log", np.exp(np.linspace(-700, 700, 4001)), 1),
+        ("log", everywhere(0.5, 2), 1),
+        ("log1p", everywhere(-1 + 2.0**-53, 1e300), 2),
+        ("log1p", everywhere(-0.9, 0.9), 2),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["python", "compiled"])
+def test_elementary_functions_to_the_last_places(name, x, units, compiled):
+    function = getattr(scalar, name)
+    if compiled:
+        got = njit(lambda x: np.array([function(v) for v in x]))(x)
+    else:
+        got = np.array([function(v) for v in x])
+    exact = getattr(np, name)(x.astype(np.longdouble))
+    error = np.abs(got - exact) / np.spacing(np.abs(got))
+    assert error.max() < units
+    assert np.finfo(np.longdouble).nmant > 60  # else this compares with float64 itself
+
+
+def test_log_inclusion_against_its_equation():
+    log_p = np.concatenate([-np.logspace(-3, 2.8, 400), [-703.0, -np.inf]]).astype(np.longdouble)
+    for time in (1.0, 300.0, 1e15, 1e200):
+        expected = np.log(-np.expm1(-np.exp(log_p[:-1]) * np.longdouble(time)))
+        got = [scalar.log_inclusion(f64(x), f64(time)) for x in log_p]
+        assert got[:-1] == pytest.approx(expected.astype(np.float64), rel=1e-13, abs=2e-15)
+        assert got[-1] == -np.inf
+
+
+def test_a_table_of_tiny_probabilities():
+    prob = np.array([1.0, 0.3, 2.0**-1000, 2.0**-1050, 5e-324, 0.0])
+    with np.errstate(divide="ignore"):
+        expected = np.log(prob.astype(np.longdouble)).astype(np.float64)
+    got = [scalar.table_log_prob(f64(k), prob) for k in range(len(prob))]
+    assert got == pytest.approx(expected, rel=1e-14)
+
+
 @pytest.mark.parametrize("num_items", [1, 2, 5, 1000, 10**6, 10**9])
 def test_log_uniform_rank_against_decimal(num_items):
     u = np.random.default_rng(num_items).uniform(0, 1, 400)

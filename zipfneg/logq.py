@@ -37,19 +37,6 @@ def sampling_time(prob: NDArray, weights: NDArray, num_sampled: int) -> float:
     return t
 
 
-def log_inclusion(log_prob: NDArray, time: float) -> NDArray:
-    """log π = log(1 − e^(−p·t)): the probability that a unique sample holds the id.
-
-    Sampling S ids without replacement is close to letting each arrive by time t: exact for a
-    Poissonised sample; for one of fixed size within 0.1 % from about S = 100 on, 0.4 % at S = 20,
-    2 % at S = 5, 4 % at S = 1 (log-uniform, N = 1000).
-    """
-    if np.isinf(time):
-        return np.where(log_prob > -np.inf, 0.0, -np.inf)
-    with np.errstate(divide="ignore"):
-        return np.log(-np.expm1(-np.exp(log_prob) * time))
-
-
 def log_count(log_prob: NDArray, num_sampled: int) -> NDArray:
     """log(S·p): the expected number of copies among S draws with replacement, or batch slots."""
     with np.errstate(divide="ignore"):

@@ -144,20 +144,23 @@ class PopularitySampler:
         For unique sampling the log inclusion probability, else log(S·p); −inf for ids outside
         the law. `batch_size` is taken for the samplers' common signature, and not used.
         """
-        place, view = view_of("ids", ids)
-        log_prob = self.law.log_prob(view)
         if self.unique:
-            return place.give(logq.log_inclusion(log_prob, self._time))
-        return place.give(logq.log_count(log_prob, self.num_sampled))
+            return self.law.log_inclusion(ids, self._time)
+        place, view = view_of("ids", ids)
+        return place.give(logq.log_count(self.law.log_prob(view), self.num_sampled))
 
     def _unique(self, words: tuple[Any, ...]) -> tuple[NDArray, int]:
         if self._time > 4 * self.law.num_items + 64:
             return self._race(words)
-        ids = np.empty(self.num_sampled, np.int64)
+        ids, law, kernel = np.empty(self.num_sampled, np.int64), self.law, self.law._kernel
         slots = max(16, 1 << (2 * ids.size).bit_length())
-        table = np.full(slots, -1, np.int32 if self.law.num_items < 2**31 else np.int64)
-        kernel, parameters = self.law._kernel()
-        return ids, kernel.draw_unique(ids, table, *words, self.law.first_id, *parameters)
+        marks = law.num_items // 64 + 1
+        if 8 * marks <= 4 * slots:  # the smaller of the two sets, which is the faster
+            draw, seen = kernel.draw_unique_marked, np.zeros(marks, np.uint64)
+        else:
+            draw = kernel.draw_unique_hashed
+            seen = np.full(slots, -1, np.int32 if law.num_items < 2**31 else np.int64)
+        return ids, draw(ids, seen, *words, law.first_id, *law._rank_parameters())
 
     def _race(self, words: tuple[Any, ...]) -> tuple[NDArray, int]:
         """Each id arrives after an exponential time of rate p; the first S are the sample."""

@@ -4,15 +4,14 @@ Each function takes and returns scalars, compiles under Numba for either target 
 plain Python. Every literal is cast: Numba promotes ``uint64`` with ``int64`` to ``float64``.
 """
 
-import math
-
 import numpy as np
 from numba.extending import register_jitable
 
 u64, i64, f64 = np.uint64, np.int64, np.float64
 
-# Products and sums fuse, as CUDA's compiler has it by default: half the time of a polynomial.
-jitable = register_jitable(fastmath={"contract"})
+# Products and sums fuse, as CUDA's compiler has it by default: half the time of a polynomial. A
+# division that may raise is a branch, and no loop around it vectorises.
+jitable = register_jitable(fastmath={"contract"}, error_model="numpy", forceinline=True)
 
 # Draws are dealt out in groups of LANES consecutive counters, so that a CUDA warp computes one
 # counter a lane and still writes whole cache lines.
@@ -62,15 +61,8 @@ def uniform_53(high, low):
 
 
 @jitable
-def exp2_nonnegative(x):
-    """2**x for 0 <= x < 62, to about one unit in the last place; vectorises, unlike libm's.
-
-    2**x = 2**n · √2 · e**f with n = floor(x) and |f| <= log(2)/2; e**f by its Taylor series, whose
-    first omitted term is below 5e-18. The integer power is a shift, so that the same operations
-    run on every target.
-    """
-    n = i64(x)
-    f = (x - f64(n) - f64(0.5)) * f64(0.6931471805599453)
+def expm1_reduced(f):
+    """e**f − 1 for |f| <= log(2)/2, by its Taylor series: the first omitted term is below 5e-18."""
     s = f64(1.0 / 6227020800.0)
     s = s * f + f64(1.0 / 479001600.0)
     s = s * f + f64(1.0 / 39916800.0)
@@ -84,8 +76,71 @@ def exp2_nonnegative(x):
     s = s * f + f64(1.0 / 6.0)
     s = s * f + f64(0.5)
     s = s * f + f64(1.0)
-    s = s * f + f64(1.0)
-    return f64(i64(1) << n) * (s * f64(1.4142135623730951))
+    return s * f
+
+
+@jitable
+def exp2_nonnegative(x):
+    """2**x for 0 <= x < 62, to about one unit in the last place.
+
+    2**x = 2**n · √2 · e**f with n = floor(x) and |f| <= log(2)/2. The integer power is a shift.
+    """
+    n = i64(x)
+    f = (x - f64(n) - f64(0.5)) * f64(0.6931471805599453)
+    return f64(i64(1) << n) * ((expm1_reduced(f) + f64(1.0)) * f64(1.4142135623730951))
+
+
+@jitable
+def _power_and_rest(x):
+    """2**n and e**f − 1 with x = n·log(2) + f, |f| <= log(2)/2, for |x| <= 700."""
+    n = i64(x * f64(1.4426950408889634) + f64(1024.5)) - i64(1024)
+    # log(2) in two parts: n times the first is exact.
+    f = (x - f64(n) * f64(6.93147180369123816490e-01)) - f64(n) * f64(1.90821492927058770002e-10)
+    return i64((n + i64(1023)) << i64(52)).view(f64), expm1_reduced(f)
+
+
+@jitable
+def exp(x):
+    """e**x for |x| <= 700, to two units in the last place."""
+    power, rest = _power_and_rest(x)
+    return power * rest + power
+
+
+@jitable
+def expm1(x):
+    """e**x − 1 for |x| <= 700, to three units in the last place."""
+    power, rest = _power_and_rest(x)
+    return power * rest + (power - f64(1.0))
+
+
+@jitable
+def log(x):
+    """log(x) of a positive normal number, to one unit in the last place.
+
+    x = 2**n·(1 + f) with 1 + f in [√½, √2), and log(1 + f) = 2·artanh(f/(2 + f)): fdlibm's e_log.c.
+    """
+    bits = f64(x).view(i64)
+    n = (bits - i64(0x3FE6A09E667F3BCD)) >> i64(52)
+    f = i64(bits - (n << i64(52))).view(f64) - f64(1.0)
+    s = f / (f64(2.0) + f)
+    z = s * s
+    r = f64(1.479819860511658591e-01)
+    r = r * z + f64(1.531383769920937332e-01)
+    r = r * z + f64(1.818357216161805012e-01)
+    r = r * z + f64(2.222219843214978396e-01)
+    r = r * z + f64(2.857142874366239149e-01)
+    r = r * z + f64(3.999999999940941908e-01)
+    r = r * z + f64(6.666666666666735130e-01)
+    half = f64(0.5) * f * f
+    low = s * (half + r * z) + f64(n) * f64(1.90821492927058770002e-10)
+    return f64(n) * f64(6.93147180369123816490e-01) - ((half - low) - f)
+
+
+@jitable
+def log1p(x):
+    """log(1 + x) for x > −1, to two units in the last place: what 1 + x rounds off is put back."""
+    u = f64(1.0) + x
+    return log(u) + (x - (u - f64(1.0))) / u
 
 
 @jitable
@@ -102,35 +157,33 @@ def uniform_rank(u, num_items):
     return min(i64(u * f64(num_items)), num_items - i64(1))
 
 
+# The ranks of a Zipf-Mandelbrot law that are summed one by one.
+HEAD = 64
+
+
 @jitable
 def zipf_mandelbrot_rank(u, num_items, head, exponent, offset, scale, lead):
     """Inverse of P(k) ∝ (k + offset)**−exponent: the head by search, the rest in closed form.
 
-    `head` holds the first cumulative probabilities. Behind it, Σ_{j ≤ k} f(j) is ∫ f up to
-    y = k + 1/2 + offset, less f′/24 and smaller terms (the midpoint rule's Euler-Maclaurin sum).
-    With x where the tail starts, the integral is x·f(x)·expm1(e·log(y/x))/e, e = 1 − exponent, and
-    is inverted exactly; f′/24 then moves y by exponent/(24·y). `scale` is the sum over all ids in
-    units of x·f(x), `lead` the small terms at x in the same unit.
+    `head` holds the first HEAD cumulative probabilities, 1 where there are no more ids. Behind it,
+    Σ_{j ≤ k} f(j) is ∫ f up to y = k + 1/2 + offset, less f′/24 and smaller terms (the midpoint
+    rule's Euler-Maclaurin sum). With x where the tail starts, the integral is
+    x·f(x)·expm1(e·log(y/x))/e, e = 1 − exponent, and is inverted exactly; f′/24 then moves y by
+    exponent/(24·y). `scale` is the sum over all ids in units of x·f(x), `lead` the small terms at x
+    in the same unit. Both ways are taken and one is chosen, since a branch would not vectorise.
     """
-    last = head.size - 1
-    if u <= head[last]:
-        low, high = 0, last
-        while low < high:
-            middle = (low + high) // 2
-            if head[middle] < u:
-                low = middle + 1
-            else:
-                high = middle
-        return i64(low)
-    x = f64(head.size) - f64(0.5) + offset
+    in_head = u64(0)
+    for half in (u64(32), u64(16), u64(8), u64(4), u64(2), u64(1)):
+        in_head += half if head[in_head + half - u64(1)] < u else u64(0)
+    x = f64(HEAD) - f64(0.5) + offset
     e = f64(1.0) - exponent
-    log_ratio = (u - head[last]) * scale + lead
+    log_ratio = max(u - head[HEAD - 1], f64(0.0)) * scale + lead
     if e != f64(0.0):
-        log_ratio = math.log1p(max(e * log_ratio, f64(-1.0 + 2.0**-53))) / e
-    y = min(x * math.exp(min(log_ratio, f64(700.0))), f64(num_items) + offset)
+        log_ratio = log1p(max(e * log_ratio, f64(-1.0 + 2.0**-53))) / e
+    y = min(x + x * expm1(min(log_ratio, f64(700.0))), f64(num_items) + offset)
     y -= exponent / (f64(24.0) * y)
-    rank = i64(math.floor(y - offset + f64(0.5)))
-    return max(i64(head.size), min(rank, num_items - i64(1)))
+    in_tail = max(i64(HEAD), min(i64(y - offset + f64(0.5)), num_items - i64(1)))
+    return i64(in_head) if u <= head[HEAD - 1] else in_tail
 
 
 @jitable
@@ -141,3 +194,39 @@ def alias_rank(u, num_items, threshold, alias):
     if x - f64(column) < threshold[column]:
         return column
     return i64(alias[column])
+
+
+@jitable
+def log_uniform_log_prob(rank, log_total):
+    """log P(k) = log(log1p(1/(k + 1))) − log_total, with log_total = log(log1p(N))."""
+    return log(log1p(f64(1.0) / (rank + f64(1.0)))) - log_total
+
+
+@jitable
+def uniform_log_prob(rank, log_total):
+    """log P(k) = −log(N)."""
+    return -log_total
+
+
+@jitable
+def zipf_mandelbrot_log_prob(rank, exponent, offset, log_total):
+    """log P(k) = −exponent·log((k + offset)/offset) − log_total, f being 1 at rank 0."""
+    return -exponent * log1p(rank / offset) - log_total
+
+
+@jitable
+def table_log_prob(rank, prob):
+    """log of a table's entry, −inf where it is 0."""
+    p = prob[u64(rank)]
+    tiny = p < f64(2.0**-1000)  # perhaps not a normal number
+    log_p = log(max(p * f64(2.0**60) if tiny else p, f64(2.0**-1022)))
+    log_p -= f64(60 * 0.6931471805599453) if tiny else f64(0.0)
+    return log_p if p > f64(0.0) else f64(-np.inf)
+
+
+@jitable
+def log_inclusion(log_prob, time):
+    """log(1 − e^(−p·t)) for a finite time t; log(p·t) where p is too small to tell."""
+    p = exp(max(log_prob, f64(-700.0)))
+    log_q = log(-expm1(-min(p * time, f64(40.0))))
+    return log_q if log_prob > f64(-700.0) else min(log_prob + log(time), f64(0.0))

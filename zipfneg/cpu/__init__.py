@@ -7,7 +7,9 @@ from numba import njit
 
 def kernel(function: Any) -> Any:
     """Compile at the first call, and keep the result on disk where there is a place for it."""
+    # NumPy's division: one that may raise is a branch in every loop.
+    options: Any = {"nogil": True, "error_model": "numpy"}
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return njit(nogil=True)(function)
+        return njit(**options)(function)

@@ -7,20 +7,29 @@ import numpy as np
 from ..scalar import (
     LANES,
     alias_rank,
+    f64,
+    jitable,
+    log_uniform_log_prob,
     log_uniform_rank,
     philox_advance_key,
     philox_five_rounds,
+    table_log_prob,
     u64,
     uniform_53,
+    uniform_log_prob,
     uniform_rank,
+    zipf_mandelbrot_log_prob,
     zipf_mandelbrot_rank,
 )
+from ..scalar import log_inclusion as log_inclusion_of
 from . import kernel
 
 # Counters in a tile: its words stay in the first-level cache between the passes below.
 COUNTERS = 512
 # Draws in a tile.
 TILE = 2 * COUNTERS
+# Fewer draws than this are not worth a second thread.
+THREAD_GRAIN = 16 * TILE
 
 
 @kernel
@@ -71,14 +80,65 @@ def draw_uniforms(out, start, stop, k0, k1, step, stream):
 
 
 class Kernel(NamedTuple):
-    """What a law's inverse distribution `rank(u, *law)` compiles to."""
+    """What a law's functions compile to: its inverse distribution and its log probability."""
 
     draw: Any
-    draw_unique: Any
+    draw_unique_marked: Any  # what was drawn before kept in a bit set
+    draw_unique_hashed: Any  # or in a hash set
     invert: Any
+    log_prob: Any
+    log_inclusion: Any
 
 
-def _kernel(rank):
+@jitable
+def _not_yet_marked(marks, rank):
+    """Mark a rank in a bit set, `marks` uint64; whether it was not marked before."""
+    word, bit = u64(rank) >> u64(6), u64(1) << (u64(rank) & u64(63))
+    before = marks[word]
+    marks[word] = before | bit
+    return (before & bit) == u64(0)
+
+
+@jitable
+def _not_yet_in(table, rank):
+    """The same for a hash set with open addressing, a power of two in size, −1 where free."""
+    slots = u64(table.size - 1)
+    # Fibonacci hashing spreads neighbouring ranks, which are the likely ones.
+    slot = (u64(rank) * u64(0x9E3779B97F4A7C15)) >> u64(20)
+    while table[slot & slots] >= 0 and table[slot & slots] != rank:
+        slot += u64(1)
+    free = table[slot & slots] < 0
+    table[slot & slots] = rank
+    return free
+
+
+def _draw_unique(rank, first_sight):
+    @kernel
+    def draw_unique(out, seen, k0, k1, step, stream, first_id, *law):
+        """The first out.size distinct ids of the draws, in their order; returns the draws taken.
+
+        `seen` is the empty set that `first_sight` fills.
+        """
+        u = np.empty(TILE)
+        words = np.empty((4, COUNTERS), np.uint64)
+        ranks = np.empty(TILE, np.int64)
+        num_kept = tile = 0
+        while True:
+            _fill_uniforms(u, words, tile, k0, k1, step, stream)
+            for i in range(TILE):
+                ranks[i] = rank(u[i], *law)
+            for i in range(TILE):
+                # No branch on what is seen for the first time: it could not be predicted.
+                out[num_kept] = first_id + ranks[i]
+                num_kept += first_sight(seen, ranks[i])
+                if num_kept == out.size:
+                    return tile * TILE + i + 1
+            tile += 1
+
+    return draw_unique
+
+
+def _kernel(rank, log_prob_of_rank):
     @kernel
     def draw(out, start, stop, k0, k1, step, stream, first_id, *law):
         u = np.empty(TILE)
@@ -90,45 +150,37 @@ def _kernel(rank):
                 tile[i] = first_id + rank(u[i], *law)
 
     @kernel
-    def draw_unique(out, table, k0, k1, step, stream, first_id, *law):
-        """The first out.size distinct ids of the draws, in their order; returns the draws taken.
-
-        `table` is a hash set of ranks with open addressing, a power of two in size, −1 where free.
-        """
-        u = np.empty(TILE)
-        words = np.empty((4, COUNTERS), np.uint64)
-        ranks = np.empty(TILE, table.dtype)
-        slots = u64(table.size - 1)
-        num_kept = tile = 0
-        while True:
-            _fill_uniforms(u, words, tile, k0, k1, step, stream)
-            for i in range(TILE):
-                ranks[i] = rank(u[i], *law)
-            for i in range(TILE):
-                # Fibonacci hashing spreads neighbouring ranks, which are the likely ones.
-                slot = (u64(ranks[i]) * u64(0x9E3779B97F4A7C15)) >> u64(20)
-                while table[slot & slots] >= 0 and table[slot & slots] != ranks[i]:
-                    slot += u64(1)
-                if table[slot & slots] < 0:
-                    table[slot & slots] = ranks[i]
-                    out[num_kept] = first_id + ranks[i]
-                    num_kept += 1
-                    if num_kept == out.size:
-                        return tile * TILE + i + 1
-            tile += 1
-
-    @kernel
     def invert(out, u, *law):
         for i in range(u.size):
             out[i] = rank(u[i], *law)
 
-    return Kernel(draw, draw_unique, invert)
+    @kernel
+    def log_prob(out, ids, first_id, num_items, *law):
+        for i in range(ids.size):
+            inside = (ids[i] >= first_id) & (ids[i] - first_id < num_items)
+            log_p = log_prob_of_rank(f64(ids[i] - first_id if inside else 0), *law)
+            out[i] = log_p if inside else -np.inf
+
+    @kernel
+    def log_inclusion(out, ids, time, first_id, num_items, *law):
+        log_prob(out, ids, first_id, num_items, *law)
+        for i in range(ids.size):
+            out[i] = log_inclusion_of(out[i], time) if out[i] > -np.inf else -np.inf
+
+    return Kernel(
+        draw=draw,
+        draw_unique_marked=_draw_unique(rank, _not_yet_marked),
+        draw_unique_hashed=_draw_unique(rank, _not_yet_in),
+        invert=invert,
+        log_prob=log_prob,
+        log_inclusion=log_inclusion,
+    )
 
 
-log_uniform = _kernel(log_uniform_rank)
-uniform = _kernel(uniform_rank)
-zipf_mandelbrot = _kernel(zipf_mandelbrot_rank)
-alias = _kernel(alias_rank)
+log_uniform = _kernel(log_uniform_rank, log_uniform_log_prob)
+uniform = _kernel(uniform_rank, uniform_log_prob)
+zipf_mandelbrot = _kernel(zipf_mandelbrot_rank, zipf_mandelbrot_log_prob)
+alias = _kernel(alias_rank, table_log_prob)
 
 
 @kernel
