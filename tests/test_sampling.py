@@ -47,7 +47,7 @@ def by_rejection(law, num_sampled, step):
 def by_race(law, num_sampled, step):
     """The other way to draw a unique sample, which is taken where rejection would be slow."""
     sampler = PopularitySampler(law, num_sampled, seed=31)
-    return sampler._race(stream_words(sampler.seed, step, 0))[0]
+    return sampler._race(stream_words(sampler.seed, step, 0), np.empty(0, np.int64))[0]
 
 
 both_ways = pytest.mark.parametrize("sample", [by_rejection, by_race])
@@ -275,7 +275,8 @@ def test_race_and_rejection_take_as_many_tries():
     sampler = PopularitySampler(LogUniform(50), 20, seed=35)
     steps = range(2000)
     tries = [sampler.sample(step=step).num_tries for step in steps]
-    clock = [sampler._race(stream_words(36, step, 0))[1] for step in steps]
+    nothing = np.empty(0, np.int64)
+    clock = [sampler._race(stream_words(36, step, 0), nothing)[1] for step in steps]
     # Either has the same expectation; differences of independent runs have none.
     assert fit.mean(np.subtract(tries, clock), 0) > fit.LEVEL
     assert fit.mean(np.subtract(tries, 20), 0) < fit.LEVEL

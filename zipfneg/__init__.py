@@ -1,5 +1,6 @@
 """Zipf-distributed negatives, their exact log q, and losses with hand-derived gradients."""
 
+from .cached import CachedSampler
 from .candidates import Candidates
 from .checking import SamplerReport, check_sampler
 from .contrastive import Contrastive, ContrastiveGrads, ContrastiveOutput, RowGrads
@@ -15,10 +16,12 @@ from .loss import (
 from .popularity import Empirical, LogUniform, Uniform, ZipfMandelbrot
 from .retrieval import Ranks, TopK, full_softmax_loss, log_normalizer, rank, scores, top_k
 from .sampling import Draw, InBatchSampler, MixtureSampler, PopularitySampler, merge_repeats
+from .state import from_state, to_state
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "CachedSampler",
     "Candidates",
     "Contrastive",
     "ContrastiveGrads",
@@ -39,6 +42,7 @@ __all__ = [
     "ZipfMandelbrot",
     "as_array",
     "check_sampler",
+    "from_state",
     "full_softmax_loss",
     "log_normalizer",
     "merge_repeats",
@@ -48,5 +52,6 @@ __all__ = [
     "sampled_softmax_loss",
     "sampled_softmax_value_and_grad",
     "scores",
+    "to_state",
     "top_k",
 ]

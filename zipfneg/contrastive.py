@@ -10,7 +10,7 @@ from .candidates import Candidates, as_candidates, as_temperature
 from .checks import NDArray
 from .cpu import rows as row_kernels
 from .cpu import softmax
-from .interop import Array, borrow
+from .interop import Array, as_array, borrow
 from .loss import CORRECTIONS, check_loss, prepare
 from .masking import Csr
 from .metrics import ranking_metrics
@@ -148,7 +148,8 @@ class ContrastiveOutput:
             Positives and negatives are its rows.
         positives : instead of a table, the positives' own embeddings (B, D), or `Candidates` with
             embeddings and bias, for samplers whose negatives come with embeddings
-            (`InBatchSampler`). What a sampler brings from elsewhere is a constant.
+            (`InBatchSampler`, `CachedSampler`). What a sampler brings from elsewhere is a
+            constant.
         step : training step: negatives are a pure function of the sampler and it.
         known_positives, sample_weight : as for `sampled_softmax_loss`.
 
@@ -208,11 +209,17 @@ class ContrastiveOutput:
             v_bias = None if bias is None else bias[draw.negatives.ids]
         else:
             checks.shape("positives", embeddings, (len(ids), embeddings.shape[1]), "(B, D)")
-            draw = self.sampler.sample(Candidates(ids, embeddings, bias=bias), step=step)
+            batch, sampler = Candidates(ids, embeddings, bias=bias), self.sampler
+            if isinstance(sampler, MixtureSampler):
+                draws = sampler.draws(batch, step=step)
+                draw = sampler.join(draws, batch)
+            else:
+                draws = [sampler.sample(batch, step=step)]
+                draw = draws[0]
             if draw.negatives.embeddings is None:
                 raise ValueError(
-                    f"samplers: {type(self.sampler).__name__} gives ids without embeddings; pass "
-                    f"items=table, or use InBatchSampler with positives="
+                    f"samplers: {type(sampler).__name__} gives ids without embeddings; pass "
+                    f"items=table, or use InBatchSampler or CachedSampler with positives="
                 )
             p, v, p_bias, v_bias = embeddings, draw.negatives.embeddings, bias, draw.negatives.bias
 
@@ -252,9 +259,13 @@ class ContrastiveOutput:
                 place.give(unique_ids), back(d_rows, embeddings), back(d_bias, bias)
             )
         else:
-            d_p, d_bias = gradients.positives, gradients.positive_bias
-            if v is embeddings:  # the batch's own items stand on both sides
-                d_p, d_bias = d_p + gradients.negatives, d_bias + gradients.negative_bias
+            d_p, d_bias, start = gradients.positives, gradients.positive_bias, 0
+            for part in draws:
+                stop = start + len(as_array(part.negatives.ids))
+                if part.negatives.embeddings is embeddings:  # the batch's own stand on both sides
+                    d_p = d_p + gradients.negatives[start:stop]
+                    d_bias = d_bias + gradients.negative_bias[start:stop]
+                start = stop
             positive_grads = Candidates(embeddings=back(d_p, embeddings), bias=back(d_bias, bias))
         return Contrastive(
             loss=place.give(prepared.loss(result)),

@@ -37,10 +37,22 @@ def sampling_time(prob: NDArray, weights: NDArray, num_sampled: int) -> float:
     return t
 
 
-def log_count(log_prob: NDArray, num_sampled: int) -> NDArray:
+def log_count(log_prob: NDArray, num_sampled: float) -> NDArray:
     """log(S·p): the expected number of copies among S draws with replacement, or batch slots."""
     with np.errstate(divide="ignore"):
         return log_prob + np.log(num_sampled)
+
+
+def log_count_by_tries(log_prob: NDArray, num_sampled: int, num_tries: int) -> NDArray:
+    """TensorFlow's expected count of its candidate samplers: log(1 − (1 − p)**num_tries).
+
+    It takes the draw's own num_tries where `sampling_time` has their mean, and jumps to log(S·p)
+    where S tries were enough.
+    """
+    if num_tries == num_sampled:
+        return log_count(log_prob, num_sampled)
+    with np.errstate(divide="ignore"):
+        return np.log(-np.expm1(num_tries * np.log1p(-np.exp(log_prob))))
 
 
 class FrequencyEstimator:

@@ -16,7 +16,10 @@ from .cpu import sampling as kernels
 from .cpu.sampling import THREAD_GRAIN
 from .cpu.threads import for_spans
 from .interop import Array, as_array, view_of
-from .scalar import HEAD, u64
+from .scalar import HEAD, LOW, philox, u64, uniform_53
+
+# The key of Philox, and the upper half of its counter: seed, step and stream.
+Words = tuple[Any, Any, Any, Any]
 
 # Beyond this, neighbouring ids are no longer told apart by a 53-bit uniform.
 MAX_ITEMS = 2**40
@@ -170,7 +173,7 @@ class Law:
         self._fill(target.reshape(-1), words)
         return out
 
-    def _fill(self, out: NDArray, words: tuple[Any, ...]) -> None:
+    def _fill(self, out: NDArray, words: Words) -> None:
         """Draws 0 to out.size − 1 into the flat `out`."""
         draw, parameters = self._kernel.draw, self._rank_parameters()
         for_spans(
@@ -238,7 +241,7 @@ def _counts(counts: Any) -> NDArray:
     return counts
 
 
-def stream_words(seed: int, step: int, stream: int) -> tuple[Any, ...]:
+def stream_words(seed: int, step: int, stream: int) -> Words:
     """The key and the upper half of the counter, as the kernels take them."""
     seed = checks.integer("seed", seed, 0, 2**64 - 1)
     step = checks.integer("step", step, 0, 2**32 - 1)
@@ -246,13 +249,28 @@ def stream_words(seed: int, step: int, stream: int) -> tuple[Any, ...]:
     return u64(seed & 0xFFFFFFFF), u64(seed >> 32), u64(step), u64(stream)
 
 
-def uniforms(size: int, words: tuple[Any, ...]) -> NDArray:
-    """The uniforms in (0, 1) behind `Law.draw`: draw i is made of uniform i."""
-    out = np.empty(size)
+def uniforms(size: int, words: Words, *, row: int = 0) -> NDArray:
+    """The uniforms in (0, 1) behind `Law.draw`: draw i is made of uniform i.
+
+    Rows after 0 are those of draws for each query, on counters of their own.
+    """
+    out, first_tile = np.empty(size), row * kernels.TILES_PER_ROW
     for_spans(
-        lambda start, stop: kernels.draw_uniforms(out, start, stop, *words), size, THREAD_GRAIN
+        lambda start, stop: kernels.draw_uniforms(out, start, stop, first_tile, *words),
+        size,
+        THREAD_GRAIN,
     )
     return out
+
+
+def poisson(mean: float, words: Words) -> int:
+    """A Poisson number, of the stream's last counter, which no draw comes to."""
+    from scipy.special import pdtr, pdtrik
+
+    high, low, _, _ = philox(LOW, LOW, words[2], words[3], words[0], words[1])
+    u = uniform_53(high, low)
+    count = int(np.ceil(pdtrik(u, mean)))
+    return count - 1 if count and pdtr(count - 1, mean) >= u else count
 
 
 def _smooth_spectrum(prob: Any, num_items: int) -> tuple[NDArray, NDArray]:

@@ -10,8 +10,10 @@ import numpy as np
 from . import checks, logq
 from .candidates import Candidates
 from .checks import NDArray
+from .cpu import sampling as kernels
+from .cpu.threads import for_spans
 from .interop import NUMPY, Array, Home, as_array, borrow, view_of
-from .popularity import Empirical, Law, stream_words, uniforms
+from .popularity import Empirical, Law, Words, poisson, stream_words, uniforms
 
 
 class Draw(NamedTuple):
@@ -26,7 +28,7 @@ class Draw(NamedTuple):
     num_tries: int
 
 
-def _given(
+def given_positives(
     positives: Candidates | Array | None, device: str | None
 ) -> tuple[Home, Candidates | None, NDArray | None]:
     """The positives as Candidates, a view of their ids, and where results go."""
@@ -47,20 +49,26 @@ def _given(
 
 @dataclass(frozen=True)
 class PopularitySampler:
-    """Negatives from a popularity law, shared by the batch.
+    """Negatives from a popularity law, shared by the batch or for each query its own.
 
     Parameters
     ----------
     law : `LogUniform`, `ZipfMandelbrot`, `Uniform` or `Empirical`.
     num_sampled : S, the number of negatives.
     unique : True draws S distinct ids (draw with replacement, skip what is already there); their
-        log q is the log inclusion probability. False keeps repeats; log q = log(S·p).
+        log q is the log inclusion probability. False keeps repeats; log q = log(S·p). "poisson"
+        includes every id independently of all others: the number of negatives then varies about S,
+        with at most √S of standard deviation, and log q is exact for every S.
     seed : of all draws, 0 to 2**64 − 1.
+    exclude : ids that are never drawn: padding within the law, items out of stock.
+    per_query : True gives every positive S negatives of its own: ids and log q (B, S).
+    by_tries : take log q of unique negatives from the draw's own num_tries, by TensorFlow's formula
+        (`zipfneg.logq.log_count_by_tries`): for parity, and noisier.
 
     Raises
     ------
     ValueError
-        For unique=True where the law has fewer than S ids of positive probability.
+        For unique=True where fewer than S ids can be drawn.
 
     Notes
     -----
@@ -85,8 +93,11 @@ class PopularitySampler:
 
     law: Law
     num_sampled: int
-    unique: bool = field(default=True, kw_only=True)
+    unique: bool | str = field(default=True, kw_only=True)
     seed: int = field(default=0, kw_only=True)
+    exclude: Any = field(default=(), kw_only=True)
+    per_query: bool = field(default=False, kw_only=True)
+    by_tries: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.law, Law):
@@ -94,18 +105,17 @@ class PopularitySampler:
         size = checks.integer("num_sampled", self.num_sampled, 1, 2**40)
         object.__setattr__(self, "num_sampled", size)
         checks.integer("seed", self.seed, 0, 2**64 - 1)
-        if self.unique:
-            prob, weights = self.law.spectrum()
-            available = round(float(weights[prob > 0].sum()))
-            if size > available:
-                raise ValueError(
-                    f"num_sampled: expected at most {available}, the ids that the law can draw, "
-                    f"for unique=True, got {size}"
-                )
-
-    @cached_property
-    def _time(self) -> float:
-        return logq.sampling_time(*self.law.spectrum(), self.num_sampled)
+        if self.unique not in (True, False, "poisson"):
+            raise ValueError(f'unique: expected True, False or "poisson", got {self.unique!r}')
+        if self.unique == "poisson" and self.per_query:
+            raise ValueError('per_query: expected False for unique="poisson", got True: its rows '
+                             "would be of different lengths")  # fmt: skip
+        if self.by_tries and (self.unique is not True or self.per_query):
+            raise ValueError(
+                "by_tries: expected False but for unique=True shared by the batch, got True"
+            )
+        object.__setattr__(self, "exclude", tuple(self._in_law(self.exclude).tolist()))
+        self._check_available(self._excluded)
 
     def sample(
         self,
@@ -114,6 +124,7 @@ class PopularitySampler:
         step: int = 0,
         device: str | None = None,
         stream: int = 0,
+        exclude: Array | None = None,
     ) -> Draw:
         """Draw the negatives of one step: a pure function of (seed, step, stream).
 
@@ -125,48 +136,185 @@ class PopularitySampler:
         step : training step, 0 to 2**32 − 1.
         device : None (where the positives are) or "cpu".
         stream : for instance the worker's rank, 0 to 2**32 − 1.
+        exclude : ids not to draw in this step, for instance the batch's positives. A positive that
+            is excluded has log q 0: it stands among its query's candidates once, for certain.
         """
-        place, positives, positive_ids = _given(positives, device)
+        place, positives, positive_ids = given_positives(positives, device)
         words = stream_words(self.seed, step, stream)
-        if self.unique:
-            ids, num_tries = self._unique(words)
+        excluded, time = self._conditions(exclude)
+        if self.per_query:
+            if positive_ids is None:
+                raise ValueError("positives: expected the batch's items for per_query, got None")
+            ids, num_tries = self._rows(len(positive_ids), words, excluded, time)
+        elif self.unique == "poisson":
+            ids, num_tries = self._poisson(words, excluded, time)
+        elif self.unique or excluded.size:
+            ids, num_tries = self._unseen(self.num_sampled, words, excluded, time)
         else:
             ids, num_tries = np.empty(self.num_sampled, np.int64), self.num_sampled
             self.law._fill(ids, words)
-        negatives = Candidates(ids=place.give(ids), log_q=place.give(self.log_q(ids)))
+
+        def log_q(ids: NDArray) -> NDArray:
+            return self._log_q(ids, time, num_tries)
+
+        negatives = Candidates(ids=place.give(ids), log_q=place.give(log_q(ids)))
         if positives is not None and positive_ids is not None:
-            positives = positives._replace(log_q=place.give(self.log_q(positive_ids)))
+            certain = np.isin(positive_ids, excluded)
+            positives = positives._replace(
+                log_q=place.give(np.where(certain, 0.0, log_q(positive_ids)))
+            )
         return Draw(positives, negatives, num_tries)
 
-    def log_q(self, ids: Array, *, batch_size: int | None = None) -> Array:
+    def log_q(
+        self,
+        ids: Array,
+        *,
+        batch_size: int | None = None,
+        exclude: Array | None = None,
+        num_tries: int | None = None,
+    ) -> Array:
         """log of the expected number of times each id is among the negatives, in float64.
 
-        For unique sampling the log inclusion probability, else log(S·p); −inf for ids outside
-        the law. `batch_size` is taken for the samplers' common signature, and not used.
+        For unique sampling the log inclusion probability, else log(S·p); −inf for ids outside the
+        law and excluded ones. `num_tries`, of a draw, is what `by_tries` needs. `batch_size` is
+        taken for the samplers' common signature, and not used.
         """
-        if self.unique:
-            return self.law.log_inclusion(ids, self._time)
         place, view = view_of("ids", ids)
-        return place.give(logq.log_count(self.law.log_prob(view), self.num_sampled))
+        excluded, time = self._conditions(exclude)
+        if self.by_tries and num_tries is None:
+            raise ValueError("num_tries: expected that of a draw for by_tries, got None")
+        log_q = self._log_q(view, time, num_tries)
+        return place.give(np.where(np.isin(view, excluded), -np.inf, log_q))
 
-    def _unique(self, words: tuple[Any, ...]) -> tuple[NDArray, int]:
-        if self._time > 4 * self.law.num_items + 64:
-            return self._race(words)
-        ids, law, kernel = np.empty(self.num_sampled, np.int64), self.law, self.law._kernel
-        slots = max(16, 1 << (2 * ids.size).bit_length())
+    def _log_q(self, ids: NDArray, time: float, num_tries: int | None) -> NDArray:
+        if self.by_tries and num_tries is not None:
+            return logq.log_count_by_tries(self.law.log_prob(ids), self.num_sampled, num_tries)
+        if self.unique:
+            return self.law.log_inclusion(ids, time)
+        return logq.log_count(self.law.log_prob(ids), time)
+
+    # The ids left out, and the time: the number of draws that keeping S of the others takes.
+
+    @cached_property
+    def _excluded(self) -> NDArray:
+        return np.array(self.exclude, np.int64)
+
+    @cached_property
+    def _time(self) -> float:
+        return self._time_without(self._excluded)
+
+    def _conditions(self, exclude: Array | None) -> tuple[NDArray, float]:
+        if exclude is None:
+            return self._excluded, self._time
+        excluded = np.union1d(self._excluded, self._in_law(exclude))
+        self._check_available(excluded)
+        return excluded, self._time_without(excluded)
+
+    def _in_law(self, ids: Array) -> NDArray:
+        """Those that the law can draw, ascending, each once."""
+        view = view_of("exclude", ids)[1]
+        view = np.unique(view.astype(np.int64) if not view.size else view)
+        checks.integral("exclude", view)
+        return view[self.law.log_prob(view) > -np.inf].astype(np.int64)
+
+    def _check_available(self, excluded: NDArray) -> None:
+        prob, weights = self.law.spectrum()
+        available = round(float(weights[prob > 0].sum())) - len(excluded)
+        if self.num_sampled > available and self.unique is not False:
+            raise ValueError(
+                f"num_sampled: expected at most {available}, the ids that the law can draw, "
+                f"for unique={self.unique!r}, got {self.num_sampled}"
+            )
+
+    def _time_without(self, excluded: NDArray) -> float:
+        left_out = np.exp(self.law.log_prob(excluded))
+        if self.unique:
+            prob, weights = self.law.spectrum()
+            prob = np.concatenate([prob, left_out])
+            weights = np.concatenate([weights, np.full(len(left_out), -1.0)])
+            return logq.sampling_time(prob, weights, self.num_sampled)
+        share = 1 - left_out.sum()
+        if share < 1e-3:
+            raise ValueError(
+                f"exclude: expected to leave a thousandth of the law's probability or more, left "
+                f"{share:.2g}; draw from Empirical(counts) of what is left instead"
+            )
+        return self.num_sampled / share
+
+    # Draws that skip what was seen.
+
+    def _seen(self, size: int, excluded: NDArray) -> tuple[int, NDArray]:
+        """A set that holds the excluded ranks and has room for `size` more, and of which kind."""
+        law, ranks = self.law, excluded - self.law.first_id
+        slots = max(16, 1 << (2 * (size + len(excluded))).bit_length())
         marks = law.num_items // 64 + 1
-        if 8 * marks <= 4 * slots:  # the smaller of the two sets, which is the faster
-            draw, seen = kernel.draw_unique_marked, np.zeros(marks, np.uint64)
-        else:
-            draw = kernel.draw_unique_hashed
-            seen = np.full(slots, -1, np.int32 if law.num_items < 2**31 else np.int64)
-        return ids, draw(ids, seen, *words, law.first_id, *law._rank_parameters())
+        if 8 * marks <= 4 * slots:  # the smaller of the two, which is the faster
+            seen = np.zeros(marks, np.uint64)
+            kernels.see_in_bits(seen, ranks)
+            return 0, seen
+        seen = np.full(slots, -1, np.int32 if law.num_items < 2**31 else np.int64)
+        kernels.see_in_table(seen, ranks)
+        return 1, seen
 
-    def _race(self, words: tuple[Any, ...]) -> tuple[NDArray, int]:
-        """Each id arrives after an exponential time of rate p; the first S are the sample."""
+    def _unseen(
+        self, size: int, words: Words, excluded: NDArray, time: float, max_tries: int = 2**62
+    ) -> tuple[NDArray, int]:
+        """The first `size` ids, of at most `max_tries` draws, that are not excluded or repeated."""
+        if self.unique and time > 4 * self.law.num_items + 64:
+            return self._race(words, excluded)
+        law, ids = self.law, np.empty(size, np.int64)
+        kind, seen = self._seen(size, excluded)
+        kept, num_tries = law._kernel.draw_unseen[kind](
+            ids, seen, bool(self.unique), max_tries, 0, *words, law.first_id,
+            *law._rank_parameters()
+        )  # fmt: skip
+        return ids[:kept], num_tries
+
+    def _rows(
+        self, num_rows: int, words: Words, excluded: NDArray, time: float
+    ) -> tuple[NDArray, int]:
+        """(B, S), each row on counters of its own, and all rows' draws."""
+        law, ids = self.law, np.empty((num_rows, self.num_sampled), np.int64)
+        tries = np.zeros(num_rows, np.int64)
+        if self.unique and time > 4 * law.num_items + 64:
+            for row in range(num_rows):
+                ids[row], tries[row] = self._race(words, excluded, row)
+        else:
+            kind, seen = self._seen(self.num_sampled, excluded)
+            kernel, parameters = law._kernel.draw_unseen_rows[kind], law._rank_parameters()
+            for_spans(
+                lambda start, stop: kernel(
+                    ids, start, stop, tries, seen, bool(self.unique), *words, law.first_id,
+                    *parameters
+                ),
+                num_rows,
+                16,
+            )  # fmt: skip
+        return ids, int(tries.sum())
+
+    def _poisson(self, words: Words, excluded: NDArray, time: float) -> tuple[NDArray, int]:
+        """The distinct ids of a Poisson number of draws: each arrives at its own rate."""
+        if time > 4 * self.law.num_items + 64:
+            ids, arrival = self._arrivals(words, excluded)
+            by_then = arrival < np.log(time)
+            ids = ids[by_then][np.argsort(arrival[by_then], kind="stable")]
+            return ids, max(len(ids), round(min(time, 2.0**62)))
+        num_tries = poisson(time, words)
+        size = min(num_tries, self.law.num_items)
+        # The number kept is known only then: one more would end the draws before their number.
+        ids, _ = self._unseen(size + 1, words, excluded, time, num_tries)
+        return ids, num_tries
+
+    def _arrivals(self, words: Words, excluded: NDArray, row: int = 0) -> tuple[NDArray, NDArray]:
+        """All ids, and log of the exponential time at which each arrives, at the rate P(id)."""
         ids = np.arange(self.law.first_id, self.law.first_id + self.law.num_items)
-        with np.errstate(divide="ignore"):
-            arrival = np.log(-np.log(uniforms(ids.size, words))) - self.law.log_prob(ids)
+        arrival = np.log(-np.log(uniforms(ids.size, words, row=row))) - self.law.log_prob(ids)
+        arrival[excluded - self.law.first_id] = np.inf
+        return ids, arrival
+
+    def _race(self, words: Words, excluded: NDArray, row: int = 0) -> tuple[NDArray, int]:
+        """The first S to arrive."""
+        ids, arrival = self._arrivals(words, excluded, row)
         first = np.argpartition(arrival, self.num_sampled - 1)[: self.num_sampled]
         first = first[np.argsort(arrival[first], kind="stable")]
         clock = float(np.exp(min(arrival[first[-1]], 43.0)))  # 43: within an int64
@@ -222,6 +370,12 @@ def merge_repeats(negatives: Candidates) -> Candidates:
     )
 
 
+def as_popularity(x: Any) -> Any:
+    """A law, a `FrequencyEstimator` or None as they are; counts as the law of their shares."""
+    known = x is None or hasattr(x, "log_prob") or hasattr(x, "log_q")
+    return x if known else Empirical(x)
+
+
 @dataclass(frozen=True)
 class InBatchSampler:
     """The batch's positives as negatives for one another.
@@ -246,10 +400,7 @@ class InBatchSampler:
     popularity: Any = None
 
     def __post_init__(self) -> None:
-        if self.popularity is not None and not (
-            hasattr(self.popularity, "log_prob") or hasattr(self.popularity, "log_q")
-        ):
-            object.__setattr__(self, "popularity", Empirical(self.popularity))
+        object.__setattr__(self, "popularity", as_popularity(self.popularity))
 
     def sample(
         self,
@@ -260,7 +411,7 @@ class InBatchSampler:
         stream: int = 0,
     ) -> Draw:
         """The positives, with their log q, on both sides. `step` and `stream` change nothing."""
-        place, positives, ids = _given(positives, device)
+        place, positives, ids = given_positives(positives, device)
         if positives is None or ids is None:
             raise ValueError("positives: expected the batch's items, got None")
         if self.popularity is not None:
@@ -325,18 +476,49 @@ class MixtureSampler:
         device: str | None = None,
         stream: int = 0,
     ) -> Draw:
-        """All sources' negatives, one after the other; arguments as for `PopularitySampler`."""
-        place, positives, positive_ids = _given(positives, device)
+        """All sources' negatives, one after the other; arguments as for `PopularitySampler`.
+
+        They have embeddings where all sources give them, biases likewise.
+        """
+        draws = self.draws(positives, step=step, device=device, stream=stream)
+        return self.join(draws, positives)
+
+    def draws(
+        self,
+        positives: Candidates | Array | None = None,
+        *,
+        step: int = 0,
+        device: str | None = None,
+        stream: int = 0,
+    ) -> list[Draw]:
+        """Each source's own draw, with its own log q."""
         members = len(self.samplers)
         stream = checks.integer("stream", stream, 0, 2**32 // members - 1)
-        draws = [
+        return [
             sampler.sample(positives, step=step, device=device, stream=members * stream + k)
             for k, sampler in enumerate(self.samplers)
         ]
-        ids = np.concatenate([as_array(d.negatives.ids) for d in draws])
+
+    def join(self, draws: Sequence[Draw], positives: Candidates | Array | None) -> Draw:
+        """The one draw that the sources' `draws` for these positives make together."""
+        place, positives, positive_ids = given_positives(positives, None)
+
+        def joined(name: str) -> NDArray | None:
+            parts = [getattr(d.negatives, name) for d in draws]
+            if any(x is None for x in parts):
+                return None
+            return np.concatenate([as_array(x, f"negatives.{name}") for x in parts])
+
+        ids = joined("ids")
+        if ids is None or ids.ndim != 1:
+            raise ValueError("samplers: expected each to give ids (S,), shared by the batch")
         batch_size = None if positive_ids is None else len(positive_ids)
+        embeddings, bias = joined("embeddings"), joined("bias")
         negatives = Candidates(
-            ids=place.give(ids), log_q=place.give(self.log_q(ids, batch_size=batch_size))
+            ids=place.give(ids),
+            embeddings=None if embeddings is None else place.give(embeddings),
+            log_q=place.give(self.log_q(ids, batch_size=batch_size)),
+            bias=None if bias is None else place.give(bias),
         )
         if positives is not None and positive_ids is not None:
             log_q = self.log_q(positive_ids, batch_size=batch_size)

@@ -68,12 +68,12 @@ def _fill_uniforms(u, words, tile, k0, k1, step, stream):
 
 
 @kernel
-def draw_uniforms(out, start, stop, k0, k1, step, stream):
-    """out[start:stop]; `start` is a multiple of TILE."""
+def draw_uniforms(out, start, stop, first_tile, k0, k1, step, stream):
+    """out[start:stop], out[0] being the first of a tile; `start` is a multiple of TILE."""
     u = np.empty(TILE)
     words = np.empty((4, COUNTERS), np.uint64)
     for first in range(start, stop, TILE):
-        _fill_uniforms(u, words, first // TILE, k0, k1, step, stream)
+        _fill_uniforms(u, words, first_tile + first // TILE, k0, k1, step, stream)
         tile = out[first : min(first + TILE, stop)]
         for i in range(tile.size):
             tile[i] = u[i]
@@ -83,24 +83,24 @@ class Kernel(NamedTuple):
     """What a law's functions compile to: its inverse distribution and its log probability."""
 
     draw: Any
-    draw_unique_marked: Any  # what was drawn before kept in a bit set
-    draw_unique_hashed: Any  # or in a hash set
+    draw_unseen: tuple[Any, Any]  # what is seen kept in a bit set, or in a hash set
+    draw_unseen_rows: tuple[Any, Any]
     invert: Any
     log_prob: Any
     log_inclusion: Any
 
 
 @jitable
-def _not_yet_marked(marks, rank):
-    """Mark a rank in a bit set, `marks` uint64; whether it was not marked before."""
+def _unseen_in_bits(marks, rank, remember):
+    """Whether a rank is not in a set of bits, `marks` uint64; it is then, if `remember`."""
     word, bit = u64(rank) >> u64(6), u64(1) << (u64(rank) & u64(63))
     before = marks[word]
-    marks[word] = before | bit
+    marks[word] = before | (bit if remember else u64(0))
     return (before & bit) == u64(0)
 
 
 @jitable
-def _not_yet_in(table, rank):
+def _unseen_in_table(table, rank, remember):
     """The same for a hash set with open addressing, a power of two in size, −1 where free."""
     slots = u64(table.size - 1)
     # Fibonacci hashing spreads neighbouring ranks, which are the likely ones.
@@ -108,34 +108,65 @@ def _not_yet_in(table, rank):
     while table[slot & slots] >= 0 and table[slot & slots] != rank:
         slot += u64(1)
     free = table[slot & slots] < 0
-    table[slot & slots] = rank
+    if remember:
+        table[slot & slots] = rank
     return free
 
 
-def _draw_unique(rank, first_sight):
+def _see(is_unseen):
     @kernel
-    def draw_unique(out, seen, k0, k1, step, stream, first_id, *law):
-        """The first out.size distinct ids of the draws, in their order; returns the draws taken.
+    def see(seen, ranks):
+        for i in range(ranks.size):
+            is_unseen(seen, ranks[i], True)
 
-        `seen` is the empty set that `first_sight` fills.
+    return see
+
+
+see_in_bits = _see(_unseen_in_bits)
+see_in_table = _see(_unseen_in_table)
+
+# Between the rows of a draw for each query: 2**32 counters.
+TILES_PER_ROW = 2**32 // COUNTERS
+
+
+def _draw_unseen(rank, is_unseen):
+    @kernel
+    def draw_unseen(out, seen, remember, max_tries, tile, k0, k1, step, stream, first_id, *law):
+        """The draws from `tile` on that are not in the set `seen`, until `out` is full.
+
+        With `remember` each is seen once drawn. Returns how many were kept, and how many drawn: at
+        most `max_tries`.
         """
         u = np.empty(TILE)
         words = np.empty((4, COUNTERS), np.uint64)
         ranks = np.empty(TILE, np.int64)
-        num_kept = tile = 0
-        while True:
+        num_kept = num_tries = 0
+        while num_kept < out.size and num_tries < max_tries:
             _fill_uniforms(u, words, tile, k0, k1, step, stream)
             for i in range(TILE):
                 ranks[i] = rank(u[i], *law)
-            for i in range(TILE):
+            for i in range(min(TILE, max_tries - num_tries)):
+                num_tries += 1
                 # No branch on what is seen for the first time: it could not be predicted.
                 out[num_kept] = first_id + ranks[i]
-                num_kept += first_sight(seen, ranks[i])
+                num_kept += is_unseen(seen, ranks[i], remember)
                 if num_kept == out.size:
-                    return tile * TILE + i + 1
+                    break
             tile += 1
+        return num_kept, num_tries
 
-    return draw_unique
+    @kernel
+    def draw_unseen_rows(
+        out, start, stop, num_tries, seen, remember, k0, k1, step, stream, first_id, *law
+    ):
+        """The same for each of out[start:stop], on counters of its own; num_tries (B,)."""
+        for row in range(start, stop):
+            _, num_tries[row] = draw_unseen(
+                out[row], seen.copy(), remember, 2**62, row * TILES_PER_ROW,
+                k0, k1, step, stream, first_id, *law
+            )  # fmt: skip
+
+    return draw_unseen, draw_unseen_rows
 
 
 def _kernel(rank, log_prob_of_rank):
@@ -167,10 +198,12 @@ def _kernel(rank, log_prob_of_rank):
         for i in range(ids.size):
             out[i] = log_inclusion_of(out[i], time) if out[i] > -np.inf else -np.inf
 
+    in_bits = _draw_unseen(rank, _unseen_in_bits)
+    in_table = _draw_unseen(rank, _unseen_in_table)
     return Kernel(
         draw=draw,
-        draw_unique_marked=_draw_unique(rank, _not_yet_marked),
-        draw_unique_hashed=_draw_unique(rank, _not_yet_in),
+        draw_unseen=(in_bits[0], in_table[0]),
+        draw_unseen_rows=(in_bits[1], in_table[1]),
         invert=invert,
         log_prob=log_prob,
         log_inclusion=log_inclusion,
