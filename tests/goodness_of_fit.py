@@ -6,7 +6,7 @@ from scipy import stats
 # The chance that a correct library fails any of the suite's statistical tests, were the seeds
 # drawn afresh, split over the p-values that are asked to be above LEVEL.
 TOTAL_ERROR = 1e-6
-NUM_P_VALUES = 50
+NUM_P_VALUES = 100
 LEVEL = TOTAL_ERROR / NUM_P_VALUES
 MIN_EXPECTED = 50
 

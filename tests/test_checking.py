@@ -51,12 +51,32 @@ def failed(report):
         PopularitySampler(Uniform(300), 30, seed=5),
         PopularitySampler(Empirical([5, 0, 3, 1, 0.5] * 40, power=0.75), 100),
         PopularitySampler(LogUniform(1), 1),
+        PopularitySampler(LogUniform(1000), 100, exclude=[0, 2, *range(500, 600)]),
+        PopularitySampler(LogUniform(1000), 890, exclude=[0, 2, *range(500, 600)]),
+        PopularitySampler(LogUniform(1000), 100, exclude=[0, 2, 500], unique=False),
+        PopularitySampler(LogUniform(1000), 5, unique="poisson"),
+        PopularitySampler(LogUniform(1000), 990, unique="poisson"),
+        PopularitySampler(ZipfMandelbrot(500, 0.9), 50, unique="poisson", exclude=[0, 1]),
     ],
     ids=lambda sampler: f"{type(sampler.law).__name__}-{sampler.num_sampled}",
 )
 def test_popularity_samplers_are_what_they_claim(sampler):
     report = check_sampler(sampler)
     assert report, str(report)
+
+
+def test_poissonised_log_q_is_exact_where_that_of_a_fixed_size_is_not():
+    options = {"num_draws": 40_000, "tolerance": 0.0}
+    exact = PopularitySampler(LogUniform(10), 2, unique="poisson")
+    assert check_sampler(exact, **options), str(check_sampler(exact, **options))
+    assert not check_sampler(PopularitySampler(LogUniform(10), 2), **options)
+
+
+@pytest.mark.parametrize("unique", [True, False])
+def test_each_querys_own_negatives_are_what_they_claim(unique):
+    sampler = PopularitySampler(LogUniform(1000), 100, unique=unique, per_query=True)
+    row = np.array([3])
+    assert (report := check_sampler(sampler, positives=lambda step: row)), str(report)
 
 
 @pytest.mark.slow
@@ -73,6 +93,25 @@ def test_popularity_samplers_are_what_they_claim(sampler):
 def test_log_q_of_unique_draws_over_many_steps(num_items, num_sampled, num_draws):
     sampler = PopularitySampler(LogUniform(num_items), num_sampled, seed=11)
     report = check_sampler(sampler, num_draws=num_draws)
+    assert report, str(report)
+    for check in report.checks:
+        if check.name.startswith("copies of ids of group"):
+            assert check.observed == pytest.approx(check.expected, rel=0.003)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        PopularitySampler(LAW, 100, exclude=[5, 17], seed=12),
+        PopularitySampler(LAW, 100, unique="poisson", seed=12),
+        MixtureSampler([InBatchSampler(LAW), PopularitySampler(LAW, 100, seed=12)]),
+        MixtureSampler([PopularitySampler(LAW, 100), PopularitySampler(Uniform(1001), 100)]),
+    ],
+    ids=["excluded", "poissonised", "in batch and unique", "two laws"],
+)
+def test_log_q_of_other_samplers_over_many_steps(sampler):
+    report = check_sampler(sampler, ids=np.arange(1001), positives=batch, num_draws=100_000)
     assert report, str(report)
     for check in report.checks:
         if check.name.startswith("copies of ids of group"):

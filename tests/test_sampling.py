@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from zipfneg import (
     Candidates,
@@ -17,9 +18,11 @@ from zipfneg import (
     PopularitySampler,
     Uniform,
     merge_repeats,
+    reference,
     sampled_softmax_value_and_grad,
 )
-from zipfneg.popularity import stream_words
+from zipfneg.popularity import poisson, stream_words
+from zipfneg.scalar import philox, u64, uniform_53
 
 quietly = settings(derandomize=True, deadline=None, max_examples=60)
 words32 = st.integers(0, 2**32 - 1)
@@ -119,6 +122,60 @@ def test_mixture_of_different_ranges_by_hand():
     assert np.exp(sampler.log_q([0, 1, 2, 3])) == pytest.approx([1.5, 4, 2.5, 0])
 
 
+def test_excluded_ids_by_hand():
+    # 2 of the 3 that are left, alike.
+    sampler = PopularitySampler(Uniform(4, first_id=5), 2, exclude=[6, 6, 99])
+    draw = sampler.sample(np.array([5, 6, 4]))
+    assert set(draw.negatives.ids.tolist()) <= {5, 7, 8}
+    assert np.exp(draw.negatives.log_q) == pytest.approx([2 / 3] * 2)
+    # An excluded positive is among its candidates once, for certain.
+    assert np.exp(draw.positives.log_q) == pytest.approx([2 / 3, 1, 0])
+    assert np.exp(sampler.log_q([5, 6, 7, 8, 99])) == pytest.approx([2 / 3, 0, 2 / 3, 2 / 3, 0])
+    assert sampler.exclude == (6,)
+
+
+def test_ids_excluded_in_one_step_by_hand():
+    sampler = PopularitySampler(Empirical([6, 3, 1]), 4, unique=False)
+    draw = sampler.sample(np.array([0, 2]), exclude=np.array([0]))
+    assert set(draw.negatives.ids.tolist()) <= {1, 2}
+    assert np.exp(draw.negatives.log_q) == pytest.approx(np.array([0, 3, 1])[draw.negatives.ids])
+    assert np.exp(draw.positives.log_q) == pytest.approx([1, 1])
+    assert np.exp(sampler.log_q([0, 1, 2], exclude=[0])) == pytest.approx([0, 3, 1])
+    assert np.exp(sampler.log_q([0, 1, 2])) == pytest.approx([2.4, 1.2, 0.4])
+
+
+def test_a_poissonised_sample_by_hand():
+    sampler = PopularitySampler(Empirical([6, 3, 1]), 2, unique="poisson", seed=4)
+    sizes = [len(sampler.sample(step=step).negatives.ids) for step in range(50)]
+    assert {1, 2, 3} <= set(sizes) <= {0, 1, 2, 3}
+    assert np.exp(sampler.log_q([0, 1, 2])).sum() == pytest.approx(2, rel=1e-12)
+
+
+def test_negatives_for_each_query_by_hand():
+    sampler = PopularitySampler(Uniform(3), 2, per_query=True)
+    draw = sampler.sample(np.array([0, 1, 2, 0]))
+    assert draw.negatives.ids.shape == draw.negatives.log_q.shape == (4, 2)
+    assert all(len(set(row)) == 2 for row in draw.negatives.ids.tolist())
+    assert np.exp(draw.negatives.log_q) == pytest.approx(np.full((4, 2), 2 / 3))
+    assert np.exp(draw.positives.log_q) == pytest.approx([2 / 3] * 4)
+    assert draw.num_tries >= 8
+
+
+def test_log_q_by_tries_by_hand():
+    # TensorFlow: 1 − (1 − p)**num_tries, but S·p where S tries were enough.
+    sampler = PopularitySampler(Empirical([6, 3, 1]), 2, by_tries=True)
+    p, seen = np.array([0.6, 0.3, 0.1]), set()
+    for step in range(30):
+        draw = sampler.sample(np.array([2]), step=step)
+        seen.add(draw.num_tries)
+        expected = 2 * p if draw.num_tries == 2 else 1 - (1 - p) ** draw.num_tries
+        assert np.exp(draw.negatives.log_q) == pytest.approx(expected[draw.negatives.ids])
+        assert np.exp(draw.positives.log_q) == pytest.approx(expected[[2]])
+        log_q = sampler.log_q([0, 1, 2], num_tries=draw.num_tries)
+        assert np.exp(log_q) == pytest.approx(expected)
+    assert {2, 3} <= seen
+
+
 # Against a plain statement of the sampler
 
 
@@ -141,6 +198,73 @@ def test_unique_draws_are_first_occurrences(law, num_sampled, step):
     ids, num_tries = first_occurrences(law, num_sampled, seed=2**64 - 1, step=step, stream=step)
     assert draw.negatives.ids.tolist() == ids
     assert draw.num_tries == num_tries
+
+
+def without(law, excluded, num_draws, **key):
+    """Draw with replacement, skip what is excluded."""
+    draws = law.draw(num_draws, **key)
+    return draws[~np.isin(draws, excluded)]
+
+
+@pytest.mark.parametrize("law", [LogUniform(100, first_id=3), LogUniform(10**9, first_id=1)])
+@pytest.mark.parametrize("excluded", [[3, 4, 11, 90], list(range(3, 60))])
+def test_excluded_ids_are_skipped(law, excluded):
+    key = {"seed": 50, "step": 7, "stream": 8}
+    rest = without(law, excluded, 20_000, **key).tolist()
+    with_repeats = PopularitySampler(law, 700, unique=False, seed=50, exclude=excluded)
+    assert with_repeats.sample(step=7, stream=8).negatives.ids.tolist() == rest[:700]
+    unique = PopularitySampler(law, 30, seed=50)
+    draw = unique.sample(step=7, stream=8, exclude=excluded)
+    assert draw.negatives.ids.tolist() == list(dict.fromkeys(rest))[:30]
+    draws = law.draw(20_000, **key)
+    assert draws[draw.num_tries - 1] == draw.negatives.ids[-1]
+
+
+@pytest.mark.parametrize("num_sampled", [1, 20, 100, 946])
+def test_log_q_without_the_excluded_against_the_reference(num_sampled):
+    excluded = np.array([0, *range(5, 50), *range(900, 908)])
+    prob = reference.log_uniform_prob(1000)
+    prob[excluded] = 0
+    expected = reference.inclusion_prob(prob / prob.sum(), num_sampled)
+    sampler = PopularitySampler(LogUniform(1000), num_sampled, exclude=excluded)
+    assert np.exp(sampler.log_q(np.arange(1000))) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_race_without_the_excluded_is_a_permutation_of_the_rest():
+    draw = PopularitySampler(LogUniform(100), 97, exclude=[0, 50, 99]).sample(step=3)
+    assert sorted(draw.negatives.ids.tolist()) == [*range(1, 50), *range(51, 99)]
+    assert (draw.negatives.log_q == 0).all()
+
+
+@pytest.mark.parametrize(("num_items", "num_sampled"), [(1000, 1), (10**6, 300), (40, 30)])
+def test_poissonised_draws_are_those_of_a_poisson_number(num_items, num_sampled):
+    law = LogUniform(num_items, first_id=2)
+    sampler = PopularitySampler(law, num_sampled, unique="poisson", seed=60)
+    for step in range(40):
+        draw = sampler.sample(step=step, stream=5)
+        words = stream_words(60, step, 5)
+        assert draw.num_tries == poisson(sampler._time, words)
+        drawn = law.draw(draw.num_tries, seed=60, step=step, stream=5).tolist()
+        assert draw.negatives.ids.tolist() == list(dict.fromkeys(drawn))
+
+
+@pytest.mark.parametrize("unique", [True, False])
+@pytest.mark.parametrize("law", [LogUniform(50, first_id=1), LogUniform(10**8)])
+def test_each_querys_negatives_are_a_draw_of_their_own(law, unique, monkeypatch):
+    sampler = PopularitySampler(law, 20, unique=unique, seed=3, per_query=True)
+    rows = sampler.sample(np.arange(1, 101), step=2).negatives.ids
+    shared = PopularitySampler(law, 20, unique=unique, seed=3)
+    assert (rows[0] == shared.sample(step=2).negatives.ids).all()
+    assert len(np.unique(rows, axis=0)) == 100
+    assert (sampler.sample(np.arange(1, 4), step=2).negatives.ids == rows[:3]).all()
+    monkeypatch.setenv("ZIPFNEG_NUM_THREADS", "3")
+    assert (sampler.sample(np.arange(1, 101), step=2).negatives.ids == rows).all()
+
+
+def test_races_for_each_query_are_draws_of_their_own():
+    draw = PopularitySampler(LogUniform(50), 50, per_query=True).sample(np.arange(20))
+    assert (np.sort(draw.negatives.ids) == np.arange(50)).all()
+    assert len(np.unique(draw.negatives.ids, axis=0)) == 20
 
 
 def test_tries_of_a_second_round_are_counted():
@@ -351,6 +475,73 @@ def test_samples_do_not_depend_on_threads(unique, monkeypatch):
     two = sampler.sample(step=6)
     assert (one.negatives.ids == two.negatives.ids).all()
     assert one.num_tries == two.num_tries
+
+
+@quietly
+@given(
+    num_items=st.integers(1, 300),
+    data=st.data(),
+    unique=st.sampled_from([True, False, "poisson"]),
+    first_id=st.integers(0, 1000),
+    seed=seeds,
+    step=words32,
+    stream=words32,
+)
+def test_excluded_ids_are_never_drawn(num_items, data, unique, first_id, seed, step, stream):
+    law = Uniform(num_items, first_id=first_id)
+    ids = st.integers(first_id, first_id + num_items - 1)
+    excluded = np.array(data.draw(st.lists(ids, max_size=num_items - 1)), np.int64)
+    left = num_items - len(set(excluded.tolist()))
+    num_sampled = data.draw(st.integers(1, left))
+    sampler = PopularitySampler(law, num_sampled, unique=unique, seed=seed)
+    draw = sampler.sample(step=step, stream=stream, exclude=excluded)
+    assert not np.isin(draw.negatives.ids, excluded).any()
+    assert (law.log_prob(draw.negatives.ids) > -np.inf).all()
+    total = np.exp(sampler.log_q(law.first_id + np.arange(num_items), exclude=excluded)).sum()
+    assert total == pytest.approx(num_sampled, rel=1e-9)
+    if unique:
+        assert len(set(draw.negatives.ids.tolist())) == len(draw.negatives.ids)
+    if unique != "poisson":
+        assert len(draw.negatives.ids) == num_sampled
+
+
+def sizes(sampler, num_steps):
+    return np.array([len(sampler.sample(step=step).negatives.ids) for step in range(num_steps)])
+
+
+@pytest.mark.parametrize("num_sampled", [3, 37])  # by Poisson's draws, and by the race
+def test_poissonised_sizes_vary_as_independent_inclusions_do(num_sampled):
+    sampler = PopularitySampler(LogUniform(40), num_sampled, unique="poisson", seed=61)
+    pi = np.exp(sampler.log_q(np.arange(40)))
+    size = sizes(sampler, 4000)
+    variance = (pi * (1 - pi)).sum()
+    assert fit.mean(size, num_sampled) > fit.LEVEL
+    assert fit.mean((size - num_sampled) ** 2, variance) > fit.LEVEL
+    # Poisson sizes, those of draws with replacement, would vary more.
+    assert fit.mean((size - num_sampled) ** 2, num_sampled) < fit.LEVEL
+
+
+@pytest.mark.parametrize("mean", [0.01, 3.0, 50.0, 1e4, 1e9])
+def test_poisson_numbers(mean):
+    counts = np.array([poisson(mean, stream_words(62, step, 0)) for step in range(2000)])
+    assert fit.mean(counts, mean) > fit.LEVEL
+    assert fit.mean((counts - mean) ** 2, mean) > fit.LEVEL
+    u = [uniform_53(*philox_at_the_end(step)[:2]) for step in range(2000)]
+    assert (counts == stats.poisson.ppf(u, mean)).all()
+
+
+def philox_at_the_end(step):
+    """The words of the stream's last counter."""
+    key = stream_words(62, step, 0)
+    return philox(u64(2**32 - 1), u64(2**32 - 1), *key[2:], *key[:2])
+
+
+def test_a_worker_draws_the_same_among_any_number_of_workers():
+    sampler = PopularitySampler(LogUniform(10**6), 64)
+    four = [sampler.sample(step=9, stream=rank).negatives.ids for rank in range(4)]
+    two = [sampler.sample(step=9, stream=rank).negatives.ids for rank in range(2)]
+    assert all((a == b).all() for a, b in zip(two, four, strict=False))
+    assert len({tuple(ids.tolist()) for ids in four}) == 4
 
 
 def test_samples_do_not_depend_on_the_positives():
