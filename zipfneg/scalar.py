@@ -62,32 +62,31 @@ def uniform_53(high, low):
 
 @jitable
 def expm1_reduced(f):
-    """e**f − 1 for |f| <= log(2)/2, by its Taylor series: the first omitted term is below 5e-18."""
-    s = f64(1.0 / 6227020800.0)
-    s = s * f + f64(1.0 / 479001600.0)
-    s = s * f + f64(1.0 / 39916800.0)
-    s = s * f + f64(1.0 / 3628800.0)
-    s = s * f + f64(1.0 / 362880.0)
-    s = s * f + f64(1.0 / 40320.0)
-    s = s * f + f64(1.0 / 5040.0)
-    s = s * f + f64(1.0 / 720.0)
-    s = s * f + f64(1.0 / 120.0)
-    s = s * f + f64(1.0 / 24.0)
-    s = s * f + f64(1.0 / 6.0)
-    s = s * f + f64(0.5)
+    """e**f − 1 for |f| <= log(2)/2: its Chebyshev interpolant, within 2e-17 of it, times f."""
+    s = f64(2.510520638458724e-08)
+    s = s * f + f64(2.762635725527078e-07)
+    s = s * f + f64(2.7557255425720897e-06)
+    s = s * f + f64(2.480150434696448e-05)
+    s = s * f + f64(0.00019841269874800512)
+    s = s * f + f64(0.0013888888932488625)
+    s = s * f + f64(0.008333333333326141)
+    s = s * f + f64(0.04166666666657314)
+    s = s * f + f64(0.1666666666666667)
+    s = s * f + f64(0.5000000000000006)
     s = s * f + f64(1.0)
     return s * f
 
 
 @jitable
 def exp2_nonnegative(x):
-    """2**x for 0 <= x < 62, to about one unit in the last place.
+    """2**x for 0 <= x < 62, to two units in the last place: 2**n · e**f, n the nearest integer.
 
-    2**x = 2**n · √2 · e**f with n = floor(x) and |f| <= log(2)/2. The integer power is a shift.
+    n is added to the exponent's bits, so that the same operations run on every target.
     """
-    n = i64(x)
-    f = (x - f64(n) - f64(0.5)) * f64(0.6931471805599453)
-    return f64(i64(1) << n) * ((expm1_reduced(f) + f64(1.0)) * f64(1.4142135623730951))
+    n = i64(x + f64(0.5))
+    f = (x - f64(n)) * f64(0.6931471805599453)
+    bits = f64(expm1_reduced(f) + f64(1.0)).view(i64)
+    return i64(bits + (n << i64(52))).view(f64)
 
 
 @jitable
