@@ -161,19 +161,15 @@ HEAD = 64
 
 
 @jitable
-def zipf_mandelbrot_rank(u, num_items, head, exponent, offset, scale, lead):
-    """Inverse of P(k) ∝ (k + offset)**−exponent: the head by search, the rest in closed form.
+def zipf_mandelbrot_tail(u, num_items, head, exponent, offset, scale, lead):
+    """Inverse of P(k) ∝ (k + offset)**−exponent where k ≥ HEAD; for smaller u, HEAD.
 
-    `head` holds the first HEAD cumulative probabilities, 1 where there are no more ids. Behind it,
     Σ_{j ≤ k} f(j) is ∫ f up to y = k + 1/2 + offset, less f′/24 and smaller terms (the midpoint
     rule's Euler-Maclaurin sum). With x where the tail starts, the integral is
     x·f(x)·expm1(e·log(y/x))/e, e = 1 − exponent, and is inverted exactly; f′/24 then moves y by
     exponent/(24·y). `scale` is the sum over all ids in units of x·f(x), `lead` the small terms at x
-    in the same unit. Both ways are taken and one is chosen, since a branch would not vectorise.
+    in the same unit.
     """
-    in_head = u64(0)
-    for half in (u64(32), u64(16), u64(8), u64(4), u64(2), u64(1)):
-        in_head += half if head[in_head + half - u64(1)] < u else u64(0)
     x = f64(HEAD) - f64(0.5) + offset
     e = f64(1.0) - exponent
     log_ratio = max(u - head[HEAD - 1], f64(0.0)) * scale + lead
@@ -181,8 +177,26 @@ def zipf_mandelbrot_rank(u, num_items, head, exponent, offset, scale, lead):
         log_ratio = log1p(max(e * log_ratio, f64(-1.0 + 2.0**-53))) / e
     y = min(x + x * expm1(min(log_ratio, f64(700.0))), f64(num_items) + offset)
     y -= exponent / (f64(24.0) * y)
-    in_tail = max(i64(HEAD), min(i64(y - offset + f64(0.5)), num_items - i64(1)))
-    return i64(in_head) if u <= head[HEAD - 1] else in_tail
+    return max(i64(HEAD), min(i64(y - offset + f64(0.5)), num_items - i64(1)))
+
+
+@jitable
+def zipf_mandelbrot_head(u, in_tail, head):
+    """The first k with u ≤ head[k], where there is one, by search; else the rank in the tail.
+
+    `head` holds the first HEAD cumulative probabilities, 1 where there are no more ids.
+    """
+    k = u64(0)
+    for half in (u64(32), u64(16), u64(8), u64(4), u64(2), u64(1)):
+        k += half * u64(head[k + half - u64(1)] < u)  # a branch could not be predicted
+    return in_tail + (i64(k) - in_tail) * i64(u <= head[HEAD - 1])
+
+
+@jitable
+def zipf_mandelbrot_rank(u, num_items, head, exponent, offset, scale, lead):
+    """Inverse of P(k) ∝ (k + offset)**−exponent, from its two parts."""
+    in_tail = zipf_mandelbrot_tail(u, num_items, head, exponent, offset, scale, lead)
+    return zipf_mandelbrot_head(u, in_tail, head)
 
 
 @jitable
