@@ -1,8 +1,9 @@
-"""Sampled softmax: value, forward and backward, with gradients derived by hand.
+"""Sampled softmax and its siblings: value, forward and backward, with gradients derived by hand.
 
 The derivation stands in ``docs/loss.md``; the equations, one by one, in `zipfneg.reference`.
 """
 
+import math
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -10,15 +11,34 @@ import numpy as np
 from . import checks
 from .candidates import Candidates, as_candidates, as_temperature
 from .checks import NDArray
-from .cpu import softmax
+from .cpu import pairwise, softmax
 from .interop import Array, Home, as_array, borrow
 from .masking import Csr, FalseNegatives
 
 CORRECTIONS = ("both", "negatives", "none")
-LOSSES = (
-    "softmax", "bpr", "bpr-max", "top1", "top1-max", "logistic", "hinge", "bce", "gbce",
-)  # fmt: skip
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class Kind(NamedTuple):
+    """What log q and `loss_parameter` are to a loss."""
+
+    log_q: str | None  # corrects the "scores", the "weights" of the negatives, or the "positive"
+    parameter: str | None = None
+    default: float = 0.0
+    greatest: float = math.inf
+
+
+LOSSES = {
+    "softmax": Kind("scores"),
+    "bpr": Kind("scores"),
+    "bpr-max": Kind("weights", "λ", 1.0),
+    "top1": Kind(None),
+    "top1-max": Kind("weights"),
+    "logistic": Kind("scores"),
+    "hinge": Kind(None, "the margin", 1.0),
+    "bce": Kind("scores", default=1.0),  # the weight of the positive's term
+    "gbce": Kind("positive", "t", 0.75, 1.0),
+}
 
 
 class Options(TypedDict, total=False):
@@ -30,6 +50,7 @@ class Options(TypedDict, total=False):
     sample_weight: Array | None
     correction: str
     loss: str
+    loss_parameter: float | None
     reduction: str
     validate: bool
 
@@ -50,14 +71,15 @@ class Grads(NamedTuple):
 class Prepared(NamedTuple):
     """A checked call: what to compute, and how its results go back."""
 
-    problem: softmax.Problem
+    engine: Any  # the module that computes it, `softmax` or `pairwise`
+    problem: softmax.Problem | pairwise.Problem
     weight: NDArray  # (B,) dloss/dL_i
     reduction: str
     place: Home
     dtypes: dict[str, np.dtype[Any]]  # of the given arrays, by their name
 
-    def loss(self, result: softmax.Pass) -> Array:
-        loss = softmax.softplus(result.excess) * self.weight  # (B,)
+    def loss(self, result: softmax.Pass | pairwise.Pass) -> Array:
+        loss = result.loss * self.weight  # (B,)
         return self.place.give(loss if self.reduction == "none" else loss.sum())
 
     def grads(self, gradients: softmax.Gradients) -> Grads:
@@ -81,10 +103,10 @@ class Prepared(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What `sampled_softmax_backward` needs of the forward: the inputs, and three figures a row."""
+    """What `sampled_softmax_backward` needs of the forward: the inputs, and a few figures a row."""
 
     prepared: Prepared
-    result: softmax.Pass
+    result: softmax.Pass | pairwise.Pass
 
 
 def sampled_softmax_loss(
@@ -98,6 +120,7 @@ def sampled_softmax_loss(
     sample_weight: Array | None = None,
     correction: str = "both",
     loss: str = "softmax",
+    loss_parameter: float | None = None,
     reduction: str = "mean",
     validate: bool = False,
 ) -> Array:
@@ -174,6 +197,7 @@ def sampled_softmax_loss(
         sample_weight=sample_weight,
         correction=correction,
         loss=loss,
+        loss_parameter=loss_parameter,
         reduction=reduction,
         validate=validate,
     )
@@ -208,7 +232,7 @@ def sampled_softmax_value_and_grad(
     (1.6094, (4, 3), None)
     """
     prepared = prepare(queries, positives, negatives, **options)
-    result, gradients = softmax.value_and_gradients(prepared.problem, prepared.weight)
+    result, gradients = prepared.engine.value_and_gradients(prepared.problem, prepared.weight)
     return prepared.loss(result), prepared.grads(gradients)
 
 
@@ -224,7 +248,7 @@ def sampled_softmax_forward(
     be changed before the backward pass.
     """
     prepared = prepare(queries, positives, negatives, **options)
-    result = softmax.value(prepared.problem)
+    result = prepared.engine.value(prepared.problem)
     return prepared.loss(result), Saved(prepared, result)
 
 
@@ -257,7 +281,8 @@ def sampled_softmax_backward(d_loss: float | Array, saved: Saved) -> Grads:
             )
         checks.shape("d_loss", upstream, prepared.weight.shape, "(B,)")
     weight = (prepared.weight * upstream).astype(prepared.weight.dtype)
-    return prepared.grads(softmax.value_and_gradients(prepared.problem, weight, known=result)[1])
+    _, gradients = prepared.engine.value_and_gradients(prepared.problem, weight, known=result)
+    return prepared.grads(gradients)
 
 
 def prepare(
@@ -271,12 +296,13 @@ def prepare(
     sample_weight: Array | None = None,
     correction: str = "both",
     loss: str = "softmax",
+    loss_parameter: float | None = None,
     reduction: str = "mean",
     validate: bool = False,
 ) -> Prepared:
     """All checks of this module, once."""
     checks.one_of("correction", correction, CORRECTIONS)
-    check_loss(loss)
+    parameter = check_loss(loss, loss_parameter)
     checks.one_of("reduction", reduction, REDUCTIONS)
     positives = as_candidates("positives", positives)
     negatives = as_candidates("negatives", negatives)
@@ -310,7 +336,7 @@ def prepare(
             raise TypeError(f"mask: expected bool, True to drop a negative, got {drop.dtype}")
         if drop.shape != (num_sampled,):
             checks.shape("mask", drop, (num_queries, num_sampled), "(B, S), or (S,)")
-    log_q = _log_q(given, correction)
+    corrected = _corrected(given, correction, loss)
     false_negatives = FalseNegatives.find(
         given["negatives.ids"], given["positives.ids"], known_positives, drop, num_queries
     )
@@ -325,8 +351,8 @@ def prepare(
         negatives=np.ascontiguousarray(v, dtype) if v.ndim == 2 else v,
         positive_bias=converted("positives.bias"),
         negative_bias=converted("negatives.bias"),
-        positive_log_q=converted("positives.log_q") if log_q == "both" else None,
-        negative_log_q=converted("negatives.log_q") if log_q != "none" else None,
+        positive_log_q=converted("positives.log_q") if "positives" in corrected else None,
+        negative_log_q=converted("negatives.log_q") if "negatives" in corrected else None,
         drop=false_negatives.drop,
         temperature=as_temperature(temperature),
     )
@@ -340,7 +366,10 @@ def prepare(
     if reduction == "mean":
         weight /= max(1, num_queries)
     dtypes = {name: x.dtype for name, x in given.items() if x is not None}
-    return Prepared(problem, weight, reduction, place, dtypes)
+    if loss == "softmax":
+        return Prepared(softmax, problem, weight, reduction, place, dtypes)
+    other = pairwise.Problem(problem, loss, parameter)
+    return Prepared(pairwise, other, weight, reduction, place, dtypes)
 
 
 def _check_shapes(given: dict[str, Any]) -> None:
@@ -375,25 +404,63 @@ def _check_shapes(given: dict[str, Any]) -> None:
                 (checks.integral if field == "ids" else checks.floating)(f"{side}.{field}", x)
 
 
-def check_loss(loss: str) -> None:
-    checks.one_of("loss", loss, LOSSES)
-    if loss != "softmax":
-        raise NotImplementedError(f'loss: {loss!r} is planned; this version has "softmax" alone')
+def check_loss(loss: str, parameter: float | None) -> float:
+    """The loss's parameter, checked, or its default."""
+    checks.one_of("loss", loss, tuple(LOSSES))
+    kind = LOSSES[loss]
+    if parameter is None:
+        return kind.default
+    if kind.parameter is None:
+        owners = ", ".join(
+            f"{k.parameter} of {name!r}" for name, k in LOSSES.items() if k.parameter
+        )
+        raise ValueError(
+            f"loss_parameter: expected None, since {loss!r} has none, got {parameter!r}; it is "
+            f"{owners}"
+        )
+    if isinstance(parameter, bool) or not isinstance(parameter, int | float | np.number):
+        raise TypeError(f"loss_parameter: expected a number, got {parameter!r}")
+    if not (0 <= parameter <= kind.greatest and parameter < math.inf):
+        text = "from 0" if kind.greatest == math.inf else f"from 0 to {kind.greatest:g}"
+        raise ValueError(
+            f"loss_parameter: expected a finite number {text}, {kind.parameter} of {loss!r}, got "
+            f"{parameter!r}"
+        )
+    return float(parameter)
 
 
-def _log_q(given: dict[str, NDArray | None], correction: str) -> str:
-    """Which correction applies: "none" where no log q is given at all."""
+def _corrected(given: dict[str, NDArray | None], correction: str, loss: str) -> tuple[str, ...]:
+    """The sides whose log q is used: none where no log q is given at all."""
     positive, negative = given["positives.log_q"], given["negatives.log_q"]
+    role = LOSSES[loss].log_q
+    if role == "positive":
+        if correction == "none":
+            raise ValueError(
+                f'correction: expected "both" or "negatives", since {loss!r} weighs the positive '
+                f'by its log q, got "none"'
+            )
+        if positive is None:
+            raise ValueError(
+                f"positives.log_q: expected log q, by which {loss!r} weighs the positive, got None"
+            )
+        return ("positives",)
     if correction == "none" or (positive is None and negative is None):
-        return "none"
+        return ()
+    if role is None:
+        raise ValueError(
+            f'correction: expected "none", since log q has no meaning in {loss!r}, got '
+            f'{correction!r} with log q; pass correction="none" for plain scores'
+        )
     if negative is None:
         raise ValueError(
             "negatives.log_q: expected log q, since positives.log_q is given, got None; pass it, "
             'or correction="none"'
         )
-    if correction == "both" and positive is None:
+    if role == "weights" or correction == "negatives":
+        return ("negatives",)
+    if positive is None:
         raise ValueError(
             "positives.log_q: expected log q, since negatives.log_q is given, got None; pass it, "
             'or correction="negatives" to leave the positive uncorrected'
         )
-    return correction
+    return ("positives", "negatives")

@@ -142,8 +142,9 @@ def gbce(s: Scores) -> Slopes:
 
 def top1_terms(s: Scores) -> Slopes:
     """f_j = σ(a_j − a_0) + σ(a_j²), its derivatives by a_0 and by a_j: (B, S) each."""
-    p, r = sigmoid(s.a - s.a_0[:, None]), sigmoid(s.a**2)
-    return p + r, -p * (1 - p), p * (1 - p) + 2 * s.a * r * (1 - r)
+    x, y = s.a - s.a_0[:, None], s.a**2
+    d_x, d_y = sigmoid(x) * sigmoid(-x), sigmoid(y) * sigmoid(-y)
+    return sigmoid(x) + sigmoid(y), -d_x, d_x + 2 * s.a * d_y
 
 
 def mean_weights(s: Scores) -> NDArray:

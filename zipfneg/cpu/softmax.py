@@ -37,6 +37,10 @@ class Pass(NamedTuple):
     num_better: NDArray  # (B,) negatives that score above the positive, if asked for
     num_tied: NDArray  # (B,) negatives that score the same
 
+    @property
+    def loss(self) -> NDArray:
+        return softplus(self.excess)
+
 
 class Gradients(NamedTuple):
     """Of Σ_i d_i·L_i, in the dtype of accumulation."""
@@ -49,14 +53,14 @@ class Gradients(NamedTuple):
     temperature: NDArray  # ()
 
 
-def _rows(x: NDArray | None, shared_ndim: int, lo: int, hi: int) -> Any:
+def rows(x: NDArray | None, shared_ndim: int, lo: int, hi: int) -> Any:
     """The block's part of a column array: all of it if shared, else its rows."""
     if x is None or x.ndim == shared_ndim:
         return x
     return x[lo:hi]
 
 
-def _positive_scores(problem: Problem) -> tuple[NDArray, NDArray]:
+def positive_scores(problem: Problem) -> tuple[NDArray, NDArray]:
     """a_0 and z_0 = a_0 − log q_0, both (B,)."""
     a_0 = np.einsum("bd,bd->b", problem.queries, problem.positives)
     if problem.positive_bias is not None:
@@ -95,7 +99,7 @@ def _run(
     (num_queries, dim), num_sampled, dtype = u.shape, v.shape[-2], u.dtype
     shared = v.ndim == 2
     tau = problem.temperature
-    a_0, z_0 = _positive_scores(problem)
+    a_0, z_0 = positive_scores(problem)
     if known is None:
         shift, total, excess = (np.empty(num_queries, dtype) for _ in range(3))
     else:
@@ -122,12 +126,12 @@ def _run(
             v_block = v[lo:hi].astype(dtype, copy=False)  # (r, S, D)
             np.matmul(v_block, u_scaled[:, :, None], out=z[:, :, None])
         if problem.negative_bias is not None:
-            z += _rows(problem.negative_bias, 1, lo, hi) / dtype.type(tau)
+            z += rows(problem.negative_bias, 1, lo, hi) / dtype.type(tau)
         problem.drop(z, lo)
         if ranks:
             better[lo:hi], tied[lo:hi] = count(z, a_0[lo:hi], tolerance[lo:hi])
         if problem.negative_log_q is not None:
-            z -= _rows(problem.negative_log_q, 1, lo, hi)
+            z -= rows(problem.negative_log_q, 1, lo, hi)
 
         if known is None:
             top = z.max(axis=1, initial=-np.inf)
@@ -161,13 +165,21 @@ def _run(
     result = Pass(shift, total, excess, better, tied)
     if d_loss is None:
         return result, None
+    return result, gradients(problem, g_0, d_u, d_v, d_bias)
+
+
+def gradients(
+    problem: Problem, g_0: NDArray, d_u: NDArray, d_v: NDArray, d_bias: NDArray
+) -> Gradients:
+    """All gradients, from dL/da_0 (B,) and what the negatives gave: d_u without the positives."""
+    u, tau = problem.queries, problem.temperature
     g_0 /= tau
-    d_u += g_0[:, None] * p
+    d_u += g_0[:, None] * problem.positives
     # Σ g·a = Σ u·dU + Σ b·db, because a = (u·v + b)/τ: no second look at the logits.
     d_tau = np.einsum("bd,bd->", u, d_u, dtype=np.float64)
     if problem.positive_bias is not None:
         d_tau += np.vdot(problem.positive_bias, g_0)
     if problem.negative_bias is not None:
         d_tau += np.vdot(problem.negative_bias, d_bias)
-    d_tau = np.asarray(-d_tau / tau, dtype)
-    return result, Gradients(d_u, g_0[:, None] * u, d_v, g_0, d_bias, d_tau)
+    d_tau = np.asarray(-d_tau / tau, u.dtype)
+    return Gradients(d_u, g_0[:, None] * u, d_v, g_0, d_bias, d_tau)
