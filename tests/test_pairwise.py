@@ -388,13 +388,13 @@ def test_gbce_is_bce_with_a_lighter_positive(t):
         u, positives, negatives, **plain, mask=np.ones(7, bool)
     )  # the positive's term alone
     alpha = np.exp(positives.log_q)
-    # Petrov & Macdonald 2023, eq. 17 and 18
+    # As Petrov & Macdonald 2023 write it
     beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
     np.testing.assert_allclose(value, bce + (beta - 1) * positive, rtol=1e-13)
 
 
 def test_bce_with_log_of_expected_counts_is_noise_contrastive_estimation():
-    # Gutmann & Hyvärinen 2010, eq. 8: h = σ(log p_model − log(ν·p_noise)), ν noise samples each.
+    # Gutmann & Hyvärinen 2012: h = σ(log p_model − log(ν·p_noise)), ν noise samples each.
     rng = np.random.default_rng(0)
     num_items, num_noise = 11, 6
     law, logits = LogUniform(num_items), rng.normal(size=num_items)

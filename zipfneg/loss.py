@@ -124,9 +124,9 @@ def sampled_softmax_loss(
     reduction: str = "mean",
     validate: bool = False,
 ) -> Array:
-    """Softmax cross-entropy of each query's positive among the negatives, corrected by log q.
+    """Loss of each query's positive among the negatives, corrected by log q.
 
-    ::
+    By default the cross-entropy of a softmax::
 
         a_0 = (u·v_0 + b_0)/τ    z_0 = a_0 − c          c = log q_0 for "both", else 0
         a_j = (u·v_j + b_j)/τ    z_j = a_j − log q_j    (z_j = a_j for "none")
@@ -148,7 +148,21 @@ def sampled_softmax_loss(
     sample_weight : (B,), multiplies each example's loss.
     correction : "both" subtracts log q from the positive and the negatives, "negatives" from the
         negatives alone, "none" from neither. Without any log_q nothing is subtracted.
-    loss : "softmax".
+    loss : "softmax", or one of these, with the mean and Σ over the row's kept negatives and
+        w = softmax_j(a_j − log q_j):
+
+        - "bpr", also called "logistic": mean_j softplus(z_j − z_0)
+        - "bpr-max": −log Σ_j w_j·σ(a_0 − a_j) + λ·Σ_j w_j·a_j²
+        - "top1": mean_j f_j, "top1-max": Σ_j w_j·f_j, with f_j = σ(a_j − a_0) + σ(a_j²)
+        - "hinge": mean_j max(0, margin + a_j − a_0)
+        - "bce": softplus(−z_0) + Σ_j softplus(z_j); with log q = log(S·p) and hits kept it is
+          noise-contrastive estimation
+        - "gbce": β·softplus(−a_0) + Σ_j softplus(a_j), β = 1 − t·(1 − min(1, q_0)); log q of the
+          positive is needed, and used for β alone
+
+        Log q has no meaning in "hinge" and "top1": where it is given, pass correction="none".
+    loss_parameter : λ of "bpr-max" (default 1), the margin of "hinge" (1), t of "gbce" (0.75, at
+        most 1); at least 0.
     reduction : "mean" (the sum over B, whatever the weights), "sum" or "none".
     validate : also look for NaN and infinity in queries, embeddings and weights. Biases and log q
         must be finite in any case.
@@ -162,12 +176,14 @@ def sampled_softmax_loss(
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what came: shapes, dtypes, mixed frameworks or
-        devices, temperature ≤ 0, log_q on one side only, log_q that is not finite.
+        devices, temperature ≤ 0, log_q on one side only, log_q that is not finite, a correction or
+        a parameter that the loss does not have.
 
     Notes
     -----
     Where both sides have ids, negatives equal to the row's positive are dropped. A row whose
-    negatives are all dropped has loss 0 and zero gradients; so has a batch without rows.
+    negatives are all dropped has loss 0 and zero gradients, or the positive's term alone in "bce"
+    and "gbce"; a batch without rows has loss 0.
     Arithmetic is float32, or float64 where an embedding is float64. Beyond float32 copies of half
     precision arrays (per-query negatives excepted) and the results, a few megabytes of workspace
     are used. NaN and infinity of embeddings pass through.
@@ -176,7 +192,8 @@ def sampled_softmax_loss(
     ----------
     Bengio & Senécal 2008, Adaptive importance sampling to accelerate training of a neural
     probabilistic language model, eq. 9; Yi et al. 2019, Sampling-bias-corrected neural modeling
-    for large corpus item recommendations, eq. 5.
+    for large corpus item recommendations, eq. 5. Those of the other losses are in ``docs/loss.md``,
+    with their gradients.
 
     Examples
     --------
@@ -186,6 +203,8 @@ def sampled_softmax_loss(
     >>> negatives = Candidates(ids=np.array([5, 1, 7, 9]), embeddings=v)
     >>> sampled_softmax_loss(u, Candidates(np.arange(3), p), negatives, reduction="none").round(4)
     array([1.6094, 1.3863, 1.6094])
+    >>> sampled_softmax_loss(u, p, negatives, loss="hinge", loss_parameter=0.5)
+    np.float64(0.5)
     """
     value, _ = sampled_softmax_forward(
         queries,
@@ -213,7 +232,7 @@ def sampled_softmax_value_and_grad(
     """The loss and all its gradients, from one pass over the logits.
 
     Arguments as for `sampled_softmax_loss`. With reduction "none" the gradients are those of the
-    sum. The gradients, with g_0 = −σ(D), g_j = σ(D)·softmax_j(z), D = logsumexp_j z_j − z_0::
+    sum. The gradients of the softmax, with g_0 = −σ(D), g_j = σ(D)·softmax_j(z), D = logsumexp_j z_j − z_0::
 
         dU_i = (g_i0·P_i + Σ_j g_ij·V_j)/τ    dP_i = g_i0·U_i/τ    dV_j = Σ_i g_ij·U_i/τ
         db_i0 = g_i0/τ    db_j = Σ_i g_ij/τ    dτ = −(1/τ)·Σ g·a
