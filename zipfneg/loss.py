@@ -232,7 +232,8 @@ def sampled_softmax_value_and_grad(
     """The loss and all its gradients, from one pass over the logits.
 
     Arguments as for `sampled_softmax_loss`. With reduction "none" the gradients are those of the
-    sum. The gradients of the softmax, with g_0 = −σ(D), g_j = σ(D)·softmax_j(z), D = logsumexp_j z_j − z_0::
+    sum. For the softmax, with D = logsumexp_j z_j − z_0, g_0 = −σ(D) and g_j = σ(D)·softmax_j(z);
+    for every loss::
 
         dU_i = (g_i0·P_i + Σ_j g_ij·V_j)/τ    dP_i = g_i0·U_i/τ    dV_j = Σ_i g_ij·U_i/τ
         db_i0 = g_i0/τ    db_j = Σ_i g_ij/τ    dτ = −(1/τ)·Σ g·a

@@ -252,3 +252,10 @@ def sigmoid(x):
     """1/(1 + e^(−x)), accurate in both tails: 1 − σ(x) is σ(−x)."""
     e = decay(x)
     return (f64(1.0) if x >= f64(0.0) else e) / (f64(1.0) + e)
+
+
+@jitable
+def d_sigmoid(x):
+    """dσ/dx = σ(x)·σ(−x)"""
+    e = decay(x)
+    return e / ((f64(1.0) + e) * (f64(1.0) + e))

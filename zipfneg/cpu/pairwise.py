@@ -2,23 +2,26 @@
 
 Each kernel takes a block's scores a (r, S), −inf where a negative is dropped, and leaves dL/da in
 their place. It fills in the loss (r,) and g_0 = dL/da_0 (r,). `a_0` (r,) is that of the positive,
-less its log q where corrected; `log_q` (r, S) is zero where nothing is; `parameter` is one a row.
+less its log q where corrected; `log_q` (r, S) or (1, S) is zero where nothing is; `parameter` (r,).
 """
 
-import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from ..checks import NDArray
-from ..scalar import jitable, sigmoid, softplus
+from ..scalar import d_sigmoid, decay, jitable, sigmoid, softplus
 from . import kernel, softmax
 from .ranks import count, tie_tolerance
 from .softmax import Gradients
 from .threads import for_spans
 
 # Scores that are worth a thread.
-GRAIN = 2**13
+GRAIN = 2**14
+
+# A row's sums, in float64, may be taken in any order: in that of the terms they do not vectorise.
+row_kernel = partial(kernel, fastmath={"reassoc", "contract"})
 
 
 class Problem(NamedTuple):
@@ -33,32 +36,33 @@ class Pass(NamedTuple):
     num_tied: NDArray  # (B,) negatives that score the same
 
 
-@kernel
+@row_kernel
 def bpr(a, a_0, log_q, parameter, loss, g_0):
     """Σ_j softplus(z_j − z_0)"""
-    for i in range(a.shape[0]):
+    for i in range(len(a)):
+        row, row_log_q, own = a[i], log_q[min(i, len(log_q) - 1)], a_0[i]
         total = slope = 0.0
-        for j in range(a.shape[1]):
-            x = a[i, j] - log_q[i, j] - a_0[i]
+        for j in range(row.size):
+            x = row[j] - row_log_q[j] - own
+            g = sigmoid(x)
             total += softplus(x)
-            a[i, j] = sigmoid(x)
-            slope += a[i, j]
+            slope += g
+            row[j] = g
         loss[i], g_0[i] = total, -slope
 
 
-@kernel
+@row_kernel
 def hinge(a, a_0, log_q, margin, loss, g_0):
     """Σ_j max(0, margin + a_j − a_0)"""
-    for i in range(a.shape[0]):
+    for i in range(len(a)):
+        row, own, offset = a[i], a_0[i], margin[i]
         total = slope = 0.0
-        for j in range(a.shape[1]):
-            x = margin[i] + (a[i, j] - a_0[i])
-            if x <= 0:
-                a[i, j] = 0
-            else:
-                a[i, j] = x if math.isnan(x) else 1
-                total += x
-                slope += a[i, j]
+        for j in range(row.size):
+            x = offset + (row[j] - own)
+            g = 1.0 if x > 0 else 0.0 if x <= 0 else x  # NaN stays
+            total += 0.0 if x <= 0 else x
+            slope += g
+            row[j] = g
         loss[i], g_0[i] = total, -slope
 
 
@@ -66,104 +70,104 @@ def hinge(a, a_0, log_q, margin, loss, g_0):
 def top1_term(a, a_0):
     """f = σ(a − a_0) + σ(a²), −df/da_0 and df/da."""
     x, square = a - a_0, a * a
-    slope = sigmoid(x) * sigmoid(-x)
     return (
         sigmoid(x) + sigmoid(square),
-        slope,
-        slope + 2 * a * (sigmoid(square) * sigmoid(-square)),
+        d_sigmoid(x),
+        d_sigmoid(x) + 2 * a * d_sigmoid(square),
     )
 
 
-@kernel
+@row_kernel
 def top1(a, a_0, log_q, parameter, loss, g_0):
     """Σ_j f_j"""
-    for i in range(a.shape[0]):
+    for i in range(len(a)):
+        row, own = a[i], a_0[i]
         total = slope = 0.0
-        for j in range(a.shape[1]):
-            if a[i, j] == -np.inf:
-                a[i, j] = 0
-                continue
-            f, slope_0, a[i, j] = top1_term(a[i, j], a_0[i])
-            total += f
-            slope += slope_0
+        for j in range(row.size):
+            kept = row[j] != -np.inf
+            f, slope_0, g = top1_term(row[j], own)
+            total += f if kept else 0.0
+            slope += slope_0 if kept else 0.0
+            row[j] = g if kept else 0.0
         loss[i], g_0[i] = total, -slope
 
 
-@kernel
+@row_kernel
 def top1_max(a, a_0, log_q, parameter, loss, g_0):
-    """Σ_j w_j f_j,  w = softmax_j(a_j − log q_j);  dL/da_j = w_j·(df_j/da_j + f_j − L)"""
-    for i in range(a.shape[0]):
+    """Σ_j w_j·f_j,  w = softmax_j(a_j − log q_j);  dL/da_j = w_j·(df_j/da_j + f_j − L)"""
+    for i in range(len(a)):
+        row, row_log_q, own = a[i], log_q[min(i, len(log_q) - 1)], a_0[i]
         top = -np.inf
-        for j in range(a.shape[1]):
-            top = max(top, a[i, j] - log_q[i, j])
+        for j in range(row.size):
+            top = max(top, row[j] - row_log_q[j])
         weights = total = slope = 0.0
-        for j in range(a.shape[1]):
-            if a[i, j] != -np.inf:
-                w = math.exp(a[i, j] - log_q[i, j] - top)
-                f, slope_0, _ = top1_term(a[i, j], a_0[i])
-                weights += w
-                total += w * f
-                slope += w * slope_0
+        for j in range(row.size):
+            w = decay(row[j] - row_log_q[j] - top) if row[j] != -np.inf else 0.0
+            f, slope_0, _ = top1_term(row[j], own)
+            weights += w
+            total += w * f
+            slope += w * slope_0
         if weights != 0:
             total, slope = total / weights, slope / weights
-        for j in range(a.shape[1]):
-            if a[i, j] == -np.inf:
-                a[i, j] = 0
-            else:
-                w = math.exp(a[i, j] - log_q[i, j] - top) / weights
-                f, _, d_f = top1_term(a[i, j], a_0[i])
-                a[i, j] = w * (d_f + (f - total))
+        for j in range(row.size):
+            w = decay(row[j] - row_log_q[j] - top) / weights
+            f, _, d_f = top1_term(row[j], own)
+            row[j] = w * (d_f + (f - total)) if row[j] != -np.inf else 0.0
         loss[i], g_0[i] = total, -slope
 
 
-@kernel
+@jitable
+def won_term(a, a_0, log_q, top):
+    """e^(a − log q − top)·σ(a_0 − a), with one exponent: e^min(a, a_0)/(1 + e^−|a − a_0|)."""
+    return decay(min(a, a_0) - log_q - top) / (1 + decay(a - a_0))
+
+
+@row_kernel
 def bpr_max(a, a_0, log_q, penalty, loss, g_0):
     """−log Σ_j w_j·σ(a_0 − a_j) + λ·Σ_j w_j·a_j²,  w = softmax_j(a_j − log q_j)
 
-    e^(a_j)·σ(a_0 − a_j) = e^min(a_j, a_0)/(1 + e^−|a_j − a_0|), so that each of the two sums has
-    its own greatest exponent and neither vanishes. With v_j the share of j in the first sum,
-    dL/da_j = w_j − v_j·σ(a_0 − a_j) + λ·w_j·(2·a_j + a_j² − Σ_k w_k·a_k²).
+    The log is that of two sums, each with its own greatest exponent, so that neither vanishes.
+    With r_j the share of j in the first sum and R = Σ_k w_k·a_k²,
+    dL/da_j = w_j − r_j·σ(a_0 − a_j) + λ·w_j·(2·a_j + a_j² − R).
     """
-    for i in range(a.shape[0]):
+    for i in range(len(a)):
+        row, row_log_q, own = a[i], log_q[min(i, len(log_q) - 1)], a_0[i]
         top = top_won = -np.inf
-        for j in range(a.shape[1]):
-            top = max(top, a[i, j] - log_q[i, j])
-            top_won = max(top_won, min(a[i, j], a_0[i]) - log_q[i, j])
+        for j in range(row.size):
+            top = max(top, row[j] - row_log_q[j])
+            top_won = max(top_won, min(row[j], own) - row_log_q[j])
         weights = won = squares = 0.0
-        kept = False
-        for j in range(a.shape[1]):
-            if a[i, j] != -np.inf:
-                kept = True
-                w = math.exp(a[i, j] - log_q[i, j] - top)
-                weights += w
-                squares += w * (float(a[i, j]) * a[i, j])
-                rest = math.exp(min(a[i, j], a_0[i]) - log_q[i, j] - top_won)
-                won += rest / (1 + math.exp(-abs(a[i, j] - a_0[i])))
-        loss[i] = g_0[i] = 0
-        if kept:
+        for j in range(row.size):
+            kept, x = row[j] != -np.inf, np.float64(row[j])  # whose square is no overflow
+            w = decay(x - row_log_q[j] - top)
+            weights += w if kept else 0.0
+            squares += w * (x * x) if kept else 0.0
+            won += won_term(x, own, row_log_q[j], top_won) if kept else 0.0
+        total = slope = 0.0
+        if weights != 0:
             squares /= weights
-            loss[i] = (top - top_won) + math.log(weights / won) + penalty[i] * squares
-        for j in range(a.shape[1]):
-            if a[i, j] == -np.inf:
-                a[i, j] = 0
-            else:
-                w = math.exp(a[i, j] - log_q[i, j] - top) / weights
-                rest = math.exp(min(a[i, j], a_0[i]) - log_q[i, j] - top_won)
-                v = rest / (1 + math.exp(-abs(a[i, j] - a_0[i]))) / won
-                d_square = 2 * a[i, j] + (float(a[i, j]) * a[i, j] - squares)
-                g_0[i] -= v * sigmoid(a[i, j] - a_0[i])
-                a[i, j] = w - v * sigmoid(a_0[i] - a[i, j]) + penalty[i] * w * d_square
+            total = (top - top_won) + np.log(weights / won) + penalty[i] * squares
+        scale = penalty[i]
+        for j in range(row.size):
+            kept, x = row[j] != -np.inf, np.float64(row[j])
+            w = decay(x - row_log_q[j] - top) / weights
+            r = won_term(x, own, row_log_q[j], top_won) / won
+            g = w - r * sigmoid(own - x) + scale * w * (2 * x + (x * x - squares))
+            slope += r * sigmoid(x - own) if kept else 0.0
+            row[j] = g if kept else 0.0
+        loss[i], g_0[i] = total, -slope
 
 
-@kernel
+@row_kernel
 def bce(a, a_0, log_q, weight, loss, g_0):
     """weight·softplus(−z_0) + Σ_j softplus(z_j)"""
-    for i in range(a.shape[0]):
+    for i in range(len(a)):
+        row, row_log_q = a[i], log_q[min(i, len(log_q) - 1)]
         total = weight[i] * softplus(-a_0[i])
-        for j in range(a.shape[1]):
-            z = a[i, j] - log_q[i, j]
+        for j in range(row.size):
+            z = row[j] - row_log_q[j]
             total += softplus(z)
-            a[i, j] = sigmoid(z)
+            row[j] = sigmoid(z)
         loss[i], g_0[i] = total, -weight[i] * sigmoid(-a_0[i])
 
 
@@ -213,6 +217,8 @@ def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, G
         d_v = np.zeros((num_sampled, dim), dtype) if shared else np.empty(v.shape, v.dtype)
         d_bias = np.zeros(v.shape[:-1], dtype)
 
+    log_q = scores.negative_log_q
+    log_q = np.zeros((1, num_sampled), dtype) if log_q is None else np.atleast_2d(log_q)
     row_bytes = max(1, num_sampled * (1 if shared else 1 + dim) * dtype.itemsize)
     height = max(1, min(num_queries, softmax.WORKSPACE // row_bytes))
     workspace = np.empty((height, num_sampled), dtype)
@@ -233,9 +239,8 @@ def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, G
         scale = np.ones(hi - lo, dtype)
         if name in MEANS:
             scale /= np.maximum(1, np.count_nonzero(g != -np.inf, axis=1))
-        log_q = softmax.rows(scores.negative_log_q, 1, lo, hi)
-        log_q = np.broadcast_to(dtype.type(0) if log_q is None else log_q, g.shape)
-        _slopes(name, g, z_0[lo:hi], log_q, parameter[lo:hi], loss[lo:hi], g_0[lo:hi])
+        block_log_q = log_q if len(log_q) == 1 else log_q[lo:hi]
+        _slopes(name, g, z_0[lo:hi], block_log_q, parameter[lo:hi], loss[lo:hi], g_0[lo:hi])
         loss[lo:hi] *= scale
 
         if d_loss is not None:
@@ -261,14 +266,15 @@ def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, G
     return result, softmax.gradients(scores, g_0, d_u, d_v, d_bias)
 
 
-def _slopes(name: str, *arrays: Any) -> None:
+def _slopes(name: str, a: NDArray, a_0: NDArray, log_q: NDArray, *of_rows: NDArray) -> None:
     """The loss's kernel, its rows divided over threads."""
-    num_rows, num_sampled = arrays[0].shape
 
     def span(start: int, stop: int) -> None:
-        KERNELS[name](*(x[start:stop] for x in arrays))
+        rows = slice(start, stop)
+        row_log_q = log_q if len(log_q) == 1 else log_q[rows]
+        KERNELS[name](a[rows], a_0[rows], row_log_q, *(x[rows] for x in of_rows))
 
-    for_spans(span, num_rows, max(1, GRAIN // max(1, num_sampled)))
+    for_spans(span, len(a), max(1, GRAIN // max(1, a.shape[1])))
 
 
 def gbce_weight(log_q: NDArray, t: float) -> NDArray:
