@@ -32,7 +32,7 @@ from zipfneg import (
     sampled_softmax_loss,
     sampled_softmax_value_and_grad,
 )
-from zipfneg.cpu import softmax
+from zipfneg.cpu import pairwise, softmax
 from zipfneg.loss import LOSSES
 
 OTHERS = ["bpr", "bpr-max", "top1", "top1-max", "hinge", "bce", "gbce"]  # logistic is bpr
@@ -318,6 +318,7 @@ def test_blocks_at_full_size_on_any_number_of_threads(monkeypatch, B, S, D, shar
     call = _problem(loss, B, S, D, shared=shared, **EVERYTHING)
     value, grads = _check(call)
     monkeypatch.setenv("ZIPFNEG_NUM_THREADS", "3")
+    monkeypatch.setattr(pairwise, "GRAIN", 1)
     other_value, other = sampled_softmax_value_and_grad(*call.args, **call.options)
     assert other_value == value
     _assert_same(other, grads, rtol=0, atol=0)
@@ -525,6 +526,14 @@ def test_any_temperature_gives_finite_gradients(dtype, temperature, shared, loss
     assert np.isfinite(value)
     for name, x in _by_name(grads).items():
         assert np.isfinite(x).all(), name
+
+
+def test_squares_that_overflow_float32_leave_no_nan():
+    u, p, v = np.ones((1, 1)), np.ones((1, 1)), np.array([[1e20], [-2e20]])
+    u, p, v = (x.astype(np.float32) for x in (u, p, v))
+    value, grads = sampled_softmax_value_and_grad(u, p, v, loss="bpr-max", loss_parameter=1e-9)
+    assert value == pytest.approx(1e31, rel=1e-6)
+    np.testing.assert_allclose(grads.negatives.embeddings, [[2e11], [0]], rtol=1e-6)
 
 
 @every_loss
