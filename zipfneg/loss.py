@@ -438,7 +438,9 @@ def check_loss(loss: str, parameter: float | None) -> float:
             f"loss_parameter: expected None, since {loss!r} has none, got {parameter!r}; it is "
             f"{owners}"
         )
-    if isinstance(parameter, bool) or not isinstance(parameter, int | float | np.number):
+    if isinstance(parameter, bool) or not isinstance(
+        parameter, int | float | np.integer | np.floating
+    ):
         raise TypeError(f"loss_parameter: expected a number, got {parameter!r}")
     if not (0 <= parameter <= kind.greatest and parameter < math.inf):
         text = "from 0" if kind.greatest == math.inf else f"from 0 to {kind.greatest:g}"

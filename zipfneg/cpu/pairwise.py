@@ -36,34 +36,45 @@ class Pass(NamedTuple):
     num_tied: NDArray  # (B,) negatives that score the same
 
 
+@jitable
+def means(row, num_kept, total, slope):
+    """Sums over a row's negatives as means over those kept; those of the slopes stay in `row`."""
+    share = 1 / max(1, num_kept)
+    for j in range(row.size):
+        row[j] *= share
+    return total * share, -slope * share
+
+
 @row_kernel
 def bpr(a, a_0, log_q, parameter, loss, g_0):
-    """Σ_j softplus(z_j − z_0)"""
+    """mean_j softplus(z_j − z_0)"""
     for i in range(len(a)):
         row, row_log_q, own = a[i], log_q[min(i, len(log_q) - 1)], a_0[i]
-        total = slope = 0.0
+        num_kept, total, slope = 0, 0.0, 0.0
         for j in range(row.size):
+            num_kept += row[j] != -np.inf
             x = row[j] - row_log_q[j] - own
             g = sigmoid(x)
             total += softplus(x)
             slope += g
             row[j] = g
-        loss[i], g_0[i] = total, -slope
+        loss[i], g_0[i] = means(row, num_kept, total, slope)
 
 
 @row_kernel
 def hinge(a, a_0, log_q, margin, loss, g_0):
-    """Σ_j max(0, margin + a_j − a_0)"""
+    """mean_j max(0, margin + a_j − a_0)"""
     for i in range(len(a)):
         row, own, offset = a[i], a_0[i], margin[i]
-        total = slope = 0.0
+        num_kept, total, slope = 0, 0.0, 0.0
         for j in range(row.size):
+            num_kept += row[j] != -np.inf
             x = offset + (row[j] - own)
             g = 1.0 if x > 0 else 0.0 if x <= 0 else x  # NaN stays
             total += 0.0 if x <= 0 else x
             slope += g
             row[j] = g
-        loss[i], g_0[i] = total, -slope
+        loss[i], g_0[i] = means(row, num_kept, total, slope)
 
 
 @jitable
@@ -79,17 +90,18 @@ def top1_term(a, a_0):
 
 @row_kernel
 def top1(a, a_0, log_q, parameter, loss, g_0):
-    """Σ_j f_j"""
+    """mean_j f_j"""
     for i in range(len(a)):
         row, own = a[i], a_0[i]
-        total = slope = 0.0
+        num_kept, total, slope = 0, 0.0, 0.0
         for j in range(row.size):
             kept = row[j] != -np.inf
+            num_kept += kept
             f, slope_0, g = top1_term(row[j], own)
             total += f if kept else 0.0
             slope += slope_0 if kept else 0.0
             row[j] = g if kept else 0.0
-        loss[i], g_0[i] = total, -slope
+        loss[i], g_0[i] = means(row, num_kept, total, slope)
 
 
 @row_kernel
@@ -181,8 +193,6 @@ KERNELS = {
     "bce": bce,
     "gbce": bce,
 }
-# Of these the loss is the mean over a row's negatives, the sum divided by their number.
-MEANS = ("bpr", "top1", "logistic", "hinge")
 
 
 def value(problem: Problem) -> Pass:
@@ -236,19 +246,14 @@ def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, G
         scores.drop(g, lo)
         if ranks:
             better[lo:hi], tied[lo:hi] = count(g, a_0[lo:hi], tolerance[lo:hi])
-        scale = np.ones(hi - lo, dtype)
-        if name in MEANS:
-            scale /= np.maximum(1, np.count_nonzero(g != -np.inf, axis=1))
         block_log_q = log_q if len(log_q) == 1 else log_q[lo:hi]
         _slopes(name, g, z_0[lo:hi], block_log_q, parameter[lo:hi], loss[lo:hi], g_0[lo:hi])
-        loss[lo:hi] *= scale
 
         if d_loss is not None:
-            # What multiplies a row goes into the small factors.
-            scale *= d_loss[lo:hi]
-            g_0[lo:hi] *= scale
-            u_scaled *= scale[:, None]
-            scale /= dtype.type(tau)
+            # The row's weight goes into the small factors.
+            g_0[lo:hi] *= d_loss[lo:hi]
+            u_scaled *= d_loss[lo:hi, None]
+            scale = d_loss[lo:hi] / dtype.type(tau)
             if shared:
                 np.matmul(g, v, out=d_u[lo:hi])
                 d_v += g.T @ u_scaled
