@@ -32,7 +32,7 @@ from zipfneg import (
     sampled_softmax_loss,
     sampled_softmax_value_and_grad,
 )
-from zipfneg.cpu import pairwise, softmax
+from zipfneg.cpu import pairwise
 from zipfneg.loss import LOSSES
 
 OTHERS = ["bpr", "bpr-max", "top1", "top1-max", "hinge", "bce", "gbce"]  # logistic is bpr
@@ -306,7 +306,7 @@ def test_gradients_are_finite_differences(shared, loss):
 def test_any_division_into_blocks_of_rows(monkeypatch, workspace, shared, loss):
     call = _problem(loss, 23, 41, 5, dtype=np.float64, shared=shared, **EVERYTHING)
     value, grads = _check(call)
-    monkeypatch.setattr(softmax, "WORKSPACE", workspace)
+    monkeypatch.setattr(pairwise, "WORKSPACE", workspace)
     blocked_value, blocked = _check(call)
     np.testing.assert_allclose(blocked_value, value, rtol=1e-14)
     _assert_same(blocked, grads, rtol=1e-11, atol=1e-13)

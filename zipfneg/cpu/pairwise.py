@@ -14,9 +14,11 @@ from ..checks import NDArray
 from ..scalar import d_sigmoid, decay, jitable, sigmoid, softplus
 from . import kernel, softmax
 from .ranks import count, tie_tolerance
-from .softmax import Gradients
+from .softmax import Gradients, positive_scores
 from .threads import for_spans
 
+# Bytes of scores, and of converted per-query negatives, that stand at any one time.
+WORKSPACE = 4 * 2**20
 # Scores that are worth a thread.
 GRAIN = 2**14
 
@@ -211,26 +213,26 @@ def value_and_gradients(
 def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, Gradients | None]:
     """One pass over all blocks of rows."""
     scores, name, _ = problem
-    u, v, tau = scores.queries, scores.negatives, scores.temperature
+    u, p, v, tau = scores.queries, scores.positives, scores.negatives, scores.temperature
     (num_queries, dim), num_sampled, dtype = u.shape, v.shape[-2], u.dtype
     shared = v.ndim == 2
-    a_0, z_0 = softmax.positive_scores(scores)
+    a_0, z_0 = positive_scores(scores)
     parameter = np.full(num_queries, problem.parameter, dtype)
     if scores.positive_log_q is not None and name == "gbce":  # it weighs, and corrects nothing
         z_0, parameter = a_0, gbce_weight(scores.positive_log_q, problem.parameter)
     loss, g_0 = np.empty((2, num_queries), dtype)
     better, tied = np.zeros((2, num_queries), np.int64)
     if ranks:
-        tolerance = tie_tolerance(u, scores.positives, a_0, tau)
+        tolerance = tie_tolerance(u, p, a_0, tau)
     if d_loss is not None:
         d_u = np.empty_like(u)
         d_v = np.zeros((num_sampled, dim), dtype) if shared else np.empty(v.shape, v.dtype)
         d_bias = np.zeros(v.shape[:-1], dtype)
 
-    log_q = scores.negative_log_q
+    bias, log_q = scores.negative_bias, scores.negative_log_q
     log_q = np.zeros((1, num_sampled), dtype) if log_q is None else np.atleast_2d(log_q)
     row_bytes = max(1, num_sampled * (1 if shared else 1 + dim) * dtype.itemsize)
-    height = max(1, min(num_queries, softmax.WORKSPACE // row_bytes))
+    height = max(1, min(num_queries, WORKSPACE // row_bytes))
     workspace = np.empty((height, num_sampled), dtype)
     for lo in range(0, num_queries, height):
         hi = min(lo + height, num_queries)
@@ -241,13 +243,13 @@ def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, G
         else:
             v_block = v[lo:hi].astype(dtype, copy=False)  # (r, S, D)
             np.matmul(v_block, u_scaled[:, :, None], out=g[:, :, None])
-        if scores.negative_bias is not None:
-            g += softmax.rows(scores.negative_bias, 1, lo, hi) / dtype.type(tau)
+        if bias is not None:
+            g += _rows(np.atleast_2d(bias), lo, hi) / dtype.type(tau)
         scores.drop(g, lo)
         if ranks:
             better[lo:hi], tied[lo:hi] = count(g, a_0[lo:hi], tolerance[lo:hi])
-        block_log_q = log_q if len(log_q) == 1 else log_q[lo:hi]
-        _slopes(name, g, z_0[lo:hi], block_log_q, parameter[lo:hi], loss[lo:hi], g_0[lo:hi])
+        of_rows = (x[lo:hi] for x in (parameter, loss, g_0))
+        _slopes(name, g, z_0[lo:hi], _rows(log_q, lo, hi), *of_rows)
 
         if d_loss is not None:
             # The row's weight goes into the small factors.
@@ -268,7 +270,21 @@ def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, G
     result = Pass(loss, better, tied)
     if d_loss is None:
         return result, None
-    return result, softmax.gradients(scores, g_0, d_u, d_v, d_bias)
+    g_0 /= dtype.type(tau)
+    d_u += g_0[:, None] * p
+    # Σ g·a = Σ u·dU + Σ b·db, because a = (u·v + b)/τ: no second look at the scores.
+    g_a = np.einsum("bd,bd->", u, d_u, dtype=np.float64)
+    if bias is not None:
+        g_a += np.vdot(bias, d_bias)
+    if scores.positive_bias is not None:
+        g_a += np.vdot(scores.positive_bias, g_0)
+    d_tau = np.asarray(-g_a / tau, dtype)
+    return result, Gradients(d_u, g_0[:, None] * u, d_v, g_0, d_bias, d_tau)
+
+
+def _rows(x: NDArray, lo: int, hi: int) -> NDArray:
+    """Some rows of x (B, S), or of (1, S) the one that all share."""
+    return x if len(x) == 1 else x[lo:hi]
 
 
 def _slopes(name: str, a: NDArray, a_0: NDArray, log_q: NDArray, *of_rows: NDArray) -> None:
@@ -276,8 +292,7 @@ def _slopes(name: str, a: NDArray, a_0: NDArray, log_q: NDArray, *of_rows: NDArr
 
     def span(start: int, stop: int) -> None:
         rows = slice(start, stop)
-        row_log_q = log_q if len(log_q) == 1 else log_q[rows]
-        KERNELS[name](a[rows], a_0[rows], row_log_q, *(x[rows] for x in of_rows))
+        KERNELS[name](a[rows], a_0[rows], _rows(log_q, start, stop), *(x[rows] for x in of_rows))
 
     for_spans(span, len(a), max(1, GRAIN // max(1, a.shape[1])))
 

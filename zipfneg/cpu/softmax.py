@@ -53,7 +53,7 @@ class Gradients(NamedTuple):
     temperature: NDArray  # ()
 
 
-def rows(x: NDArray | None, shared_ndim: int, lo: int, hi: int) -> Any:
+def _rows(x: NDArray | None, shared_ndim: int, lo: int, hi: int) -> Any:
     """The block's part of a column array: all of it if shared, else its rows."""
     if x is None or x.ndim == shared_ndim:
         return x
@@ -126,12 +126,12 @@ def _run(
             v_block = v[lo:hi].astype(dtype, copy=False)  # (r, S, D)
             np.matmul(v_block, u_scaled[:, :, None], out=z[:, :, None])
         if problem.negative_bias is not None:
-            z += rows(problem.negative_bias, 1, lo, hi) / dtype.type(tau)
+            z += _rows(problem.negative_bias, 1, lo, hi) / dtype.type(tau)
         problem.drop(z, lo)
         if ranks:
             better[lo:hi], tied[lo:hi] = count(z, a_0[lo:hi], tolerance[lo:hi])
         if problem.negative_log_q is not None:
-            z -= rows(problem.negative_log_q, 1, lo, hi)
+            z -= _rows(problem.negative_log_q, 1, lo, hi)
 
         if known is None:
             top = z.max(axis=1, initial=-np.inf)
@@ -165,21 +165,13 @@ def _run(
     result = Pass(shift, total, excess, better, tied)
     if d_loss is None:
         return result, None
-    return result, gradients(problem, g_0, d_u, d_v, d_bias)
-
-
-def gradients(
-    problem: Problem, g_0: NDArray, d_u: NDArray, d_v: NDArray, d_bias: NDArray
-) -> Gradients:
-    """All gradients, from dL/da_0 (B,) and what the negatives gave: d_u without the positives."""
-    u, tau = problem.queries, problem.temperature
     g_0 /= tau
-    d_u += g_0[:, None] * problem.positives
+    d_u += g_0[:, None] * p
     # Σ g·a = Σ u·dU + Σ b·db, because a = (u·v + b)/τ: no second look at the logits.
     d_tau = np.einsum("bd,bd->", u, d_u, dtype=np.float64)
     if problem.positive_bias is not None:
         d_tau += np.vdot(problem.positive_bias, g_0)
     if problem.negative_bias is not None:
         d_tau += np.vdot(problem.negative_bias, d_bias)
-    d_tau = np.asarray(-d_tau / tau, u.dtype)
-    return Gradients(d_u, g_0[:, None] * u, d_v, g_0, d_bias, d_tau)
+    d_tau = np.asarray(-d_tau / tau, dtype)
+    return result, Gradients(d_u, g_0[:, None] * u, d_v, g_0, d_bias, d_tau)
