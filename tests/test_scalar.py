@@ -229,6 +229,15 @@ def test_elementary_functions_to_the_last_places(name, x, units, compiled):
     assert np.finfo(np.longdouble).nmant > 60  # else this compares with float64 itself
 
 
+def test_log_inclusion_against_its_equation():
+    log_p = np.concatenate([-np.logspace(-3, 2.8, 400), [-703.0, -np.inf]]).astype(np.longdouble)
+    for time in (1.0, 300.0, 1e15, 1e200):
+        expected = np.log(-np.expm1(-np.exp(log_p[:-1]) * np.longdouble(time)))
+        got = [scalar.log_inclusion(f64(x), f64(time)) for x in log_p]
+        assert got[:-1] == pytest.approx(expected.astype(np.float64), rel=1e-13, abs=2e-15)
+        assert got[-1] == -np.inf
+
+
 EXACT = {
     "decay": lambda x: np.exp(-np.abs(x)),
     "softplus": lambda x: np.logaddexp(0, x),
@@ -255,15 +264,6 @@ def test_logistic_functions_in_both_tails(name, compiled):
     with np.errstate(invalid="ignore", over="ignore"):
         got = of_array(ends) if compiled else np.array([function(v) for v in ends])
     np.testing.assert_array_equal(got, expected)
-
-
-def test_log_inclusion_against_its_equation():
-    log_p = np.concatenate([-np.logspace(-3, 2.8, 400), [-703.0, -np.inf]]).astype(np.longdouble)
-    for time in (1.0, 300.0, 1e15, 1e200):
-        expected = np.log(-np.expm1(-np.exp(log_p[:-1]) * np.longdouble(time)))
-        got = [scalar.log_inclusion(f64(x), f64(time)) for x in log_p]
-        assert got[:-1] == pytest.approx(expected.astype(np.float64), rel=1e-13, abs=2e-15)
-        assert got[-1] == -np.inf
 
 
 def test_a_table_of_tiny_probabilities():
