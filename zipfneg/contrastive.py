@@ -53,7 +53,8 @@ class ContrastiveOutput:
     ----------
     samplers : one sampler, or several, whose negatives stand side by side with the log q of the
         whole (`MixtureSampler`).
-    temperature, correction, loss, loss_parameter : as for `sampled_softmax_loss`.
+    temperature, correction, loss, loss_parameter : as for `sampled_softmax_loss`; "hinge" and
+        "top1" go with correction="none", since samplers bring log q.
     mask_accidental_hits : drop negatives equal to the row's positive. Keep the hits (False) with
         `PopularitySampler(unique=False)`: log(S·p) is then exact for every S.
     top_ks : the k of the metrics, which rank the positive among the sampled negatives by the
