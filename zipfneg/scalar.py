@@ -243,3 +243,32 @@ def log_inclusion(log_prob, time):
     p = exp(max(log_prob, f64(-700.0)))
     log_q = log(-expm1(-min(p * time, f64(40.0))))
     return log_q if log_prob > f64(-700.0) else min(log_prob + log(time), f64(0.0))
+
+
+@jitable
+def decay(x):
+    """e^(−|x|), 0 beyond 700."""
+    size = abs(f64(x))
+    e = exp(-size if size < f64(700.0) else f64(-700.0))
+    # NaN is neither near nor far.
+    return e if size < f64(700.0) else f64(0.0) if size >= f64(700.0) else size
+
+
+@jitable
+def softplus(x):
+    """log(1 + e^x), without overflow."""
+    return max(f64(x), f64(0.0)) + log1p(decay(x))
+
+
+@jitable
+def sigmoid(x):
+    """1/(1 + e^(−x)), accurate in both tails: 1 − σ(x) is σ(−x)."""
+    e = decay(x)
+    return (f64(1.0) if x >= f64(0.0) else e) / (f64(1.0) + e)
+
+
+@jitable
+def d_sigmoid(x):
+    """dσ/dx = σ(x)·σ(−x)"""
+    e = decay(x)
+    return e / ((f64(1.0) + e) * (f64(1.0) + e))
