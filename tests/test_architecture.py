@@ -17,7 +17,7 @@ MODULES = {
 }
 KERNELS = {name for name in MODULES if name.startswith(("cpu", "cuda"))} | {"scalar"}
 DRAWING = {"popularity", "logq", "sampling"}
-COSTING = {"masking", "loss", "retrieval"}
+COSTING = {"masking", "loss", "symmetric", "retrieval"}
 # Modules that only the command line needs, and the packages they may import.
 OPTIONAL = {
     "data": {"pyarrow"},

@@ -17,6 +17,7 @@ from .popularity import Empirical, LogUniform, Uniform, ZipfMandelbrot
 from .retrieval import Ranks, TopK, full_softmax_loss, log_normalizer, rank, scores, top_k
 from .sampling import Draw, InBatchSampler, MixtureSampler, PopularitySampler, merge_repeats
 from .state import from_state, to_state
+from .symmetric import SymmetricGrads, symmetric_softmax_value_and_grad
 
 __version__ = "0.1.0.dev0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "Ranks",
     "RowGrads",
     "SamplerReport",
+    "SymmetricGrads",
     "TopK",
     "Uniform",
     "ZipfMandelbrot",
@@ -52,6 +54,7 @@ __all__ = [
     "sampled_softmax_loss",
     "sampled_softmax_value_and_grad",
     "scores",
+    "symmetric_softmax_value_and_grad",
     "to_state",
     "top_k",
 ]
