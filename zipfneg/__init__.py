@@ -14,7 +14,17 @@ from .loss import (
     sampled_softmax_value_and_grad,
 )
 from .popularity import Empirical, LogUniform, Uniform, ZipfMandelbrot
-from .retrieval import Ranks, TopK, full_softmax_loss, log_normalizer, rank, scores, top_k
+from .retrieval import (
+    CatalogGrads,
+    Ranks,
+    TopK,
+    full_softmax_loss,
+    full_softmax_value_and_grad,
+    log_normalizer,
+    rank,
+    scores,
+    top_k,
+)
 from .sampling import Draw, InBatchSampler, MixtureSampler, PopularitySampler, merge_repeats
 from .state import from_state, to_state
 from .symmetric import SymmetricGrads, symmetric_softmax_value_and_grad
@@ -24,6 +34,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CachedSampler",
     "Candidates",
+    "CatalogGrads",
     "Contrastive",
     "ContrastiveGrads",
     "ContrastiveOutput",
@@ -46,6 +57,7 @@ __all__ = [
     "check_sampler",
     "from_state",
     "full_softmax_loss",
+    "full_softmax_value_and_grad",
     "log_normalizer",
     "merge_repeats",
     "rank",
