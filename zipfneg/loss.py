@@ -327,7 +327,7 @@ def prepare(
         negative_bias=converted("negatives.bias"),
         positive_log_q=converted("positives.log_q") if log_q == "both" else None,
         negative_log_q=converted("negatives.log_q") if log_q != "none" else None,
-        drop=false_negatives.drop,
+        drop=false_negatives,
         temperature=as_temperature(temperature),
     )
     weight = np.ones(num_queries, dtype)
