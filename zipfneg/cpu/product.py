@@ -14,10 +14,10 @@ from . import kernel
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 _VECTOR_BYTES = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx2") else 16
-# The sums of a tile stay in registers: two vectors a row, which leaves room for the factors in
-# the 32 registers of AVX-512 and NEON, or in 16.
+# The sums of a tile stay in registers, two vectors a row: 16 of the 32 of AVX-512 and NEON, or 12
+# of 16. The others hold the factors.
 _VECTORS = 2
-ROWS = 8 if _FEATURES.get("avx512f") or _FEATURES.get("neon") else 4
+ROWS = 8 if _FEATURES.get("avx512f") or _FEATURES.get("neon") else 6
 # The widest tile of any machine: what rows are padded to.
 COLUMNS = 32
 

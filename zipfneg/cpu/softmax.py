@@ -26,7 +26,7 @@ from .product import COLUMNS, ROWS, product
 from .ranks import tie_tolerance
 from .threads import for_spans
 
-HEIGHT, WIDTH = 128, 256  # of a tile
+HEIGHT, WIDTH = 128, 240  # of a tile; the width in whole tiles of a product, of 6 or 8 rows
 # Rows of a transposed tile are a cache line further apart than their length: a power of two would
 # map a column of them to a few sets of the cache.
 PITCH = HEIGHT + 16
@@ -71,7 +71,7 @@ class Gradients(NamedTuple):
     positives: NDArray  # (B, D)
     negatives: NDArray  # (S, D) or (B, S, D)
     positive_bias: NDArray  # (B,)
-    negative_bias: NDArray  # (S,) or (B, S)
+    negative_bias: NDArray  # (S,) or (B, S); 0 where the problem has none
     temperature: NDArray  # ()
 
 
@@ -243,9 +243,10 @@ def _fill(start, stop, given, negatives, rows, block, shifts, first_row, columns
     num_queries, dim = given.queries.shape
     num_sampled = negatives.shape[0]
     padded = -(-dim // COLUMNS) * COLUMNS
-    copied = np.empty((WIDTH, padded), block.dtype)
-    queries = np.empty((dim, PITCH), block.dtype)
-    d_queries = np.empty((HEIGHT, padded), block.dtype)
+    # Zeros, since what is left in memory may be slow to compute with.
+    copied = np.zeros((WIDTH, padded), block.dtype)
+    queries = np.zeros((dim, PITCH), block.dtype)
+    d_queries = np.empty((HEIGHT + ROWS, padded), block.dtype)
     tiles = block if gradients else np.empty((1, WIDTH, PITCH), block.dtype)
     first_column, last_column = columns
     for piece in range(start, stop):
@@ -319,7 +320,7 @@ def _collect(start, stop, given, rows, block, shifts, first_row, columns, d_nega
     num_queries, dim = given.queries.shape
     padded = -(-dim // COLUMNS) * COLUMNS
     num_rows = min(block.shape[0] * HEIGHT, num_queries - first_row)
-    queries = np.empty((HEIGHT, padded), block.dtype)
+    queries = np.zeros((HEIGHT, padded), block.dtype)
     d_items = np.empty((WIDTH, padded), block.dtype)
     first_column, last_column = columns
     for number in range(start, stop):
@@ -338,8 +339,10 @@ def _collect(start, stop, given, rows, block, shifts, first_row, columns, d_nega
             e_0 = (piece * block.shape[1] + number * WIDTH) * PITCH
             add = piece > 0
             product(block, e_0, PITCH, 1, queries, 0, padded, d_items, 0, padded, (c, dim, n), add)
-            for j in range(c):
-                d_bias[0, column + j] += _dot(block[piece, number * WIDTH + j, :n], factor)
+            if given.negative_bias.size:
+                for j in range(c):
+                    e = block[piece, number * WIDTH + j, :n]
+                    d_bias[0, column + j] += _short_dot(e, factor)
         d_negatives[column : column + c] += d_items[:c, :dim]
 
 
@@ -381,7 +384,8 @@ def _each(start, stop, given, negatives, rows, d_negatives, d_bias, first_row, k
         u[:] = given.queries[row]
         for j in range(num_sampled):
             g = rows.weight[row] * z[j]
-            d_bias[row, j] = g
+            if given.negative_bias.size:
+                d_bias[row, j] = g
             for d in range(dim):
                 d_u[d] += z[j] * v[j, d]
                 d_negatives[at, j, d] = g * u[d]
