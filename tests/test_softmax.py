@@ -12,6 +12,7 @@ import pytest
 from test_loss import EVERYTHING, _assert_accurate, _assert_same, _by_name, _call, _check
 
 from zipfneg import (
+    Candidates,
     reference,
     sampled_softmax_backward,
     sampled_softmax_forward,
@@ -211,11 +212,33 @@ def test_nan_and_infinity_reach_what_they_belong_to(monkeypatch, tiles, value):
     assert np.isnan(sampled_softmax_loss(*args))
 
 
-def test_nan_ranks_above_the_positive():
+@both_kinds
+def test_nan_ranks_above_the_positive(shared):
     u, p, v = np.ones((2, 1)), np.ones((2, 1)), np.array([[0.0], [np.nan], [1.0], [2.0]])
-    prepared = prepare(u, p, v)
+    prepared = prepare(u, p, v if shared else np.array([v, v]))
     ranked, _ = softmax.value_and_gradients(prepared.problem, prepared.weight, ranks=True)
     assert (ranked.num_better.tolist(), ranked.num_tied.tolist()) == ([2, 2], [1, 1])
+
+
+@both_kinds
+def test_ranks_are_counted_by_the_uncorrected_score(shared):
+    rng = np.random.default_rng(6)
+    B, S, D = HEIGHT + 5, WIDTH + 9, 3
+    # Small integers: scores are exact, and often tie.
+    u, p, v = (rng.integers(-2, 3, (n, D)).astype(np.float64) for n in (B, B, S))
+    bias, dropped = rng.integers(-2, 3, S).astype(np.float64), rng.random((B, S)) < 0.1
+    columns = (S,) if shared else (B, S)
+    negatives = Candidates(
+        None, *(np.broadcast_to(x, (*columns, *x.shape[1:])) for x in (v, rng.normal(size=S), bias))
+    )
+    positives = Candidates(embeddings=p, log_q=np.zeros(B))
+    prepared = prepare(u, positives, negatives, mask=dropped)
+    ranked, _ = softmax.value_and_gradients(prepared.problem, prepared.weight, ranks=True)
+    a_0, a = (u * p).sum(axis=1)[:, None], u @ v.T + bias
+    better, tied = ((x & ~dropped).sum(axis=1) for x in (a > a_0, a == a_0))
+    np.testing.assert_array_equal(ranked.num_better, better)
+    np.testing.assert_array_equal(ranked.num_tied, tied)
+    assert tied.sum() > B
 
 
 # Memory
