@@ -146,8 +146,8 @@ def sampled_softmax_loss(
     Where both sides have ids, negatives equal to the row's positive are dropped. A row whose
     negatives are all dropped has loss 0 and zero gradients; so has a batch without rows.
     Arithmetic is float32, or float64 where an embedding is float64. Beyond float32 copies of half
-    precision arrays (per-query negatives excepted) and the results, a workspace of at most 64 MiB is
-    used, whatever B and S. NaN and infinity of embeddings pass through. Results are the same to
+    precision arrays (per-query negatives excepted) and the results, it uses a workspace of at most
+    64 MiB, whatever B and S. NaN and infinity of embeddings pass through. Results are the same to
     the last bit for any number of threads.
 
     References

@@ -31,11 +31,11 @@ HEIGHT, WIDTH = 128, 240  # of a tile; the width in whole tiles of a product, of
 # map a column of them to a few sets of the cache.
 PITCH = HEIGHT + 16
 # Bytes of a block of tiles.
-BLOCK = 32 * 2**20
+BLOCK = 48 * 2**20
 # Rows of tiles that a block holds at least, for threads to share: where it cannot hold so many
 # against all negatives, a first pass finds the normalisers, and the second takes some columns at
 # a time.
-BLOCK_ROWS = 4
+BLOCK_ROWS = 8
 
 
 class Problem(NamedTuple):
@@ -430,8 +430,7 @@ def _run(
     (num_queries, dim), num_sampled = problem.queries.shape, v.shape[-2]
     shared = v.ndim == 2
     tile_rows, tile_columns = -(-num_queries // HEIGHT), -(-num_sampled // WIDTH)
-    tiles = max(1, BLOCK // (WIDTH * PITCH * dtype.itemsize))  # of a block
-    columns = max(1, min(tile_columns, tiles // max(1, min(tile_rows, BLOCK_ROWS))))
+    height, columns = _block_shape(tile_rows, tile_columns, dtype)
     if shared and d_loss is not None and known is None and columns < tile_columns:
         known, ranks = _run(problem, None, None, ranks)[0], False
 
@@ -457,8 +456,6 @@ def _run(
     d_bias = np.zeros((1 if shared else num_weighed, num_sampled), dtype)
     given = _given(problem, d_loss, ranks)
     if shared:
-        height = max(1, tiles // columns)
-        height = max(1, min(tile_rows, height - height % BLOCK_ROWS or height))
         if d_loss is None:
             height, columns = max(1, tile_rows), max(1, tile_columns)
         v = _read_only(v, dtype, 2)
@@ -542,6 +539,14 @@ def _given(problem: Problem, d_loss: NDArray | None, ranks: bool) -> Given:
         read_only(d_loss, ndim=1),
         float(problem.temperature),
     )
+
+
+def _block_shape(num_rows: int, num_columns: int, dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Rows and columns of tiles in a block: all columns, if that leaves room for BLOCK_ROWS."""
+    tiles = max(1, BLOCK // (WIDTH * PITCH * dtype.itemsize))
+    columns = max(1, min(num_columns, tiles // max(1, min(num_rows, BLOCK_ROWS))))
+    rows = max(1, tiles // columns)
+    return max(1, min(num_rows, rows - rows % BLOCK_ROWS or rows)), columns
 
 
 # The memory of the last block: new memory must be cleared by the system, which takes a good part
