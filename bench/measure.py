@@ -33,7 +33,7 @@ def alternating(
     end, rounds = time.perf_counter() + budget * len(runs), 0
     while rounds < 5 or (time.perf_counter() < end and rounds < 200):
         for name, run in runs.items():
-            time.sleep(0.01 if len(runs) > 1 else 0)
+            time.sleep(0.05 if len(runs) > 1 else 0)
             run()
             start = time.perf_counter()
             run()
