@@ -13,7 +13,7 @@ from .interop import Array, as_array, borrow
 from .loss import CORRECTIONS, check_loss, prepare
 from .masking import Csr
 from .metrics import ranking_metrics
-from .sampling import MixtureSampler
+from .sampling import Draw, MixtureSampler, merge_repeats
 
 
 class RowGrads(NamedTuple):
@@ -52,7 +52,7 @@ class ContrastiveOutput:
     Parameters
     ----------
     samplers : one sampler, or several, whose negatives stand side by side with the log q of the
-        whole (`MixtureSampler`).
+        whole (`MixtureSampler`). One that draws for each query its own (`per_query`) needs a table.
     temperature, correction, loss, loss_parameter : as for `sampled_softmax_loss`; "hinge" and
         "top1" go with correction="none", since samplers bring log q.
     mask_accidental_hits : drop negatives equal to the row's positive. Keep the hits (False) with
@@ -63,6 +63,9 @@ class ContrastiveOutput:
 
     Notes
     -----
+    Where the softmax is corrected and no metrics are asked for, negatives that a sampler repeats
+    are merged into one (`merge_repeats`): the same loss and gradients, with less work.
+
     Metrics among sampled negatives are higher than those over the catalog, and order models
     differently (Krichene & Rendle 2020, On sampled metrics for item recommendation): watch
     training by them, and judge by `zipfneg.rank`.
@@ -190,51 +193,34 @@ class ContrastiveOutput:
         if bias is not None:
             checks.shape(f"{name}.bias", bias, embeddings.shape[:1], f"as {name}.embeddings")
 
+        checks.integral("positive_ids", ids)
+        ids = ids.astype(np.int64, copy=False)
+        draws: list[Draw] = []
+        negatives: Any
         if tied:
-            for law in (s.law for s in self._sources() if hasattr(s, "law")):
-                if law.first_id + law.num_items > len(embeddings):
-                    raise ValueError(
-                        f"items: expected a row for every id of the samplers' laws, "
-                        f"{law.first_id + law.num_items} rows or more, got {len(embeddings)}"
-                    )
-            draw = self.sampler.sample(Candidates(ids=ids), step=step)
-            ids = ids.astype(np.int64, copy=False)
-            both = np.concatenate([ids, draw.negatives.ids])  # (B + S,)
-            if len(both) and not (both.min() >= 0 and both.max() < len(embeddings)):
-                raise ValueError(
-                    f"items: expected a row for every id drawn or given, 0 to {both.max()}, got "
-                    f"{len(embeddings)} rows"
-                )
-            p, v = embeddings[ids], embeddings[draw.negatives.ids]
-            p_bias = None if bias is None else bias[ids]
-            v_bias = None if bias is None else bias[draw.negatives.ids]
+            draw = self._draw_rows(ids, embeddings, step)
+            negatives, v = draw.negatives, embeddings
+            if self._may_merge and negatives.log_q is not None and negatives.ids.ndim == 1:
+                negatives = merge_repeats(negatives)
+            rows = negatives.ids
+            p, p_bias = embeddings[ids], None if bias is None else bias[ids]
+            v_bias = None if bias is None else bias[rows]
+            if rows.ndim == 1:
+                v = embeddings[rows]
         else:
             checks.shape("positives", embeddings, (len(ids), embeddings.shape[1]), "(B, D)")
-            batch, sampler = Candidates(ids, embeddings, bias=bias), self.sampler
-            if isinstance(sampler, MixtureSampler):
-                draws = sampler.draws(batch, step=step)
-                draw = sampler.join(draws, batch)
-            else:
-                draws = [sampler.sample(batch, step=step)]
-                draw = draws[0]
-            if draw.negatives.embeddings is None:
-                raise ValueError(
-                    f"samplers: {type(sampler).__name__} gives ids without embeddings; pass "
-                    f"items=table, or use InBatchSampler or CachedSampler with positives="
-                )
-            p, v, p_bias, v_bias = embeddings, draw.negatives.embeddings, bias, draw.negatives.bias
-
-        if draw.positives is None or np.ndim(draw.negatives.ids) != 1:
-            raise ValueError(
-                "samplers: expected a draw of the positives and of negatives with ids (S,), got "
-                f"positives {draw.positives} and ids of shape {np.shape(draw.negatives.ids)}"
-            )
+            draw, draws = self._draw_embeddings(Candidates(ids, embeddings, bias=bias), step)
+            negatives, p, p_bias = draw.negatives, embeddings, bias
+            rows, v, v_bias = negatives.ids, negatives.embeddings, negatives.bias
+        drawn_ids: Any = draw.negatives.ids
+        own_log_q = None if draw.positives is None else draw.positives.log_q
         hits = self.mask_accidental_hits
         compare = hits or known_positives is not None
         prepared = prepare(
             given["queries"],
-            Candidates(ids if hits else None, p, draw.positives.log_q, p_bias),
-            Candidates(draw.negatives.ids if compare else None, v, draw.negatives.log_q, v_bias),
+            Candidates(ids if hits else None, p, own_log_q, p_bias),
+            # Rows (B, S) of a table need their ids in any case.
+            Candidates(rows if compare or rows.ndim == 2 else None, v, negatives.log_q, v_bias),
             temperature=self.temperature,
             known_positives=known_positives,
             sample_weight=given["sample_weight"],
@@ -254,9 +240,17 @@ class ContrastiveOutput:
 
         item_grads = positive_grads = None
         if tied:
-            unique_ids, d_rows, row = sum_by_id(both, gradients.positives, gradients.negatives)
-            d_bias = np.concatenate([gradients.positive_bias, gradients.negative_bias])
-            d_bias = np.bincount(row, d_bias, len(unique_ids))
+            unique_ids, place_of = places(np.concatenate([ids, rows.ravel()]), len(embeddings))
+            at, of_rows = place_of[: len(ids)], place_of[len(ids) :].reshape(rows.shape)
+            d_rows = np.zeros((len(unique_ids), p.shape[1]), gradients.queries.dtype)
+            row_kernels.add_rows(d_rows, at, gradients.positives)
+            if rows.ndim == 1:
+                row_kernels.add_rows(d_rows, of_rows, gradients.negatives)
+            else:
+                weights = gradients.negative_bias
+                row_kernels.add_products(d_rows, of_rows, weights, prepared.scores.queries)
+            d_bias = np.concatenate([gradients.positive_bias, gradients.negative_bias.ravel()])
+            d_bias = np.bincount(place_of, d_bias, len(unique_ids))
             item_grads = RowGrads(
                 place.give(unique_ids), back(d_rows, embeddings), back(d_bias, bias)
             )
@@ -278,8 +272,51 @@ class ContrastiveOutput:
                 temperature=place.give(gradients.temperature),
             ),
             metrics=metrics,
-            negative_ids=place.give(draw.negatives.ids) if self.store_negative_ids else None,
+            negative_ids=place.give(drawn_ids) if self.store_negative_ids else None,
         )
+
+    @property
+    def _may_merge(self) -> bool:
+        """Whether repeated negatives may stand once, with log q less log of their copies.
+
+        So they may in the softmax. Ranks count copies.
+        """
+        return self.loss == "softmax" and self.correction != "none" and not self.top_ks
+
+    def _draw_rows(self, ids: NDArray, table: NDArray, step: int) -> Draw:
+        """Negatives whose ids are rows of the table."""
+        for law in (s.law for s in self._sources() if hasattr(s, "law")):
+            if law.first_id + law.num_items > len(table):
+                raise ValueError(
+                    f"items: expected a row for every id of the samplers' laws, "
+                    f"{law.first_id + law.num_items} rows or more, got {len(table)}"
+                )
+        draw = self.sampler.sample(Candidates(ids=ids), step=step)
+        _check_draw(draw, (1, 2), "(S,) or (B, S)")
+        for drawn in (ids, draw.negatives.ids):
+            if drawn.size and not (drawn.min() >= 0 and drawn.max() < len(table)):
+                raise ValueError(
+                    f"items: expected a row for every id drawn or given, {drawn.min()} to "
+                    f"{drawn.max()}, got {len(table)} rows"
+                )
+        return draw
+
+    def _draw_embeddings(self, batch: Candidates, step: int) -> tuple[Draw, list[Draw]]:
+        """Negatives that come with embeddings, whole and by source."""
+        sampler = self.sampler
+        if isinstance(sampler, MixtureSampler):
+            draws = sampler.draws(batch, step=step)
+            draw = sampler.join(draws, batch)
+        else:
+            draw = sampler.sample(batch, step=step)
+            draws = [draw]
+        if draw.negatives.embeddings is None:
+            raise ValueError(
+                f"samplers: {type(sampler).__name__} gives ids without embeddings; pass "
+                f"items=table, or use InBatchSampler or CachedSampler with positives="
+            )
+        _check_draw(draw, (1,), "(S,)")
+        return draw, draws
 
     def scores(self, queries: Array, items: Array | Candidates) -> Array:
         """(u·v + b)/τ against the full catalog, (B, N): see `zipfneg.scores`."""
@@ -302,18 +339,27 @@ class ContrastiveOutput:
         )
 
 
-def sum_by_id(ids: NDArray, *parts: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Sum rows of equal id: the ids ascending, their sums, and where each given id went.
+def _check_draw(draw: Draw, ndims: tuple[int, ...], shapes: str) -> None:
+    shape = () if draw.negatives.ids is None else np.shape(draw.negatives.ids)
+    if draw.positives is None or len(shape) not in ndims:
+        raise ValueError(
+            f"samplers: expected a draw of the positives and of negatives with ids {shapes}, got "
+            f"positives {draw.positives} and ids of shape {shape}"
+        )
 
-    `parts` are arrays of rows that follow one another as `ids` do.
-    """
-    unique_ids, row = np.unique(ids, return_inverse=True)
-    total = np.zeros((len(unique_ids), parts[0].shape[1]), parts[0].dtype)
-    start = 0
-    for part in parts:
-        row_kernels.add_rows(total, row[start : start + len(part)], part)
-        start += len(part)
-    return unique_ids, total, row
+
+def places(ids: NDArray, num_items: int) -> tuple[NDArray, NDArray]:
+    """The distinct ids, ascending, and the place of each given one among them."""
+    if num_items > 64 * ids.size:
+        distinct, place = np.unique(ids, return_inverse=True)
+        return distinct, place
+    # By a table over all items: a sort takes longer.
+    seen = np.zeros(num_items, np.bool_)
+    seen[ids] = True
+    distinct = np.flatnonzero(seen)
+    place = np.empty(num_items, np.int64)
+    place[distinct] = np.arange(len(distinct))
+    return distinct, place[ids]
 
 
 def _first_id(sampler: Any) -> int:

@@ -12,6 +12,7 @@ from . import checks
 from .candidates import Candidates, as_candidates, as_temperature
 from .checks import NDArray
 from .cpu import pairwise, softmax
+from .cpu.rows import add_products
 from .interop import Array, Home, as_array, borrow
 from .masking import Csr, FalseNegatives
 
@@ -82,7 +83,16 @@ class Prepared(NamedTuple):
         loss = result.loss * self.weight  # (B,)
         return self.place.give(loss if self.reduction == "none" else loss.sum())
 
+    @property
+    def scores(self) -> softmax.Problem:
+        return self.problem.scores if isinstance(self.problem, pairwise.Problem) else self.problem
+
     def grads(self, gradients: softmax.Gradients) -> Grads:
+        of_negatives, index = gradients.negatives, self.scores.negative_rows
+        if index is not None:
+            of_negatives = np.zeros_like(self.scores.negatives)
+            add_products(of_negatives, index, gradients.negative_bias, self.scores.queries)
+
         def given(name: str, gradient: NDArray) -> Array:
             if name not in self.dtypes:
                 return None
@@ -95,7 +105,7 @@ class Prepared(NamedTuple):
                 bias=given("positives.bias", gradients.positive_bias),
             ),
             negatives=Candidates(
-                embeddings=given("negatives.embeddings", gradients.negatives),
+                embeddings=given("negatives.embeddings", of_negatives),
                 bias=given("negatives.bias", gradients.negative_bias),
             ),
             temperature=self.place.give(gradients.temperature),
@@ -140,7 +150,8 @@ def sampled_softmax_loss(
     positives : `Candidates` of one item a query: embeddings (B, D), ids, log_q and bias (B,) where
         known. A plain array means embeddings alone.
     negatives : `Candidates` shared by the batch, embeddings (S, D) and the rest (S,), or each
-        query's own, (B, S, D) and (B, S).
+        query's own, (B, S, D) and (B, S). Each query's own may also be rows of a table: ids (B, S)
+        with embeddings (N, D), row = id, which are never gathered into (B, S, D).
     temperature : τ > 0. Divides the scores before log q is subtracted.
     known_positives : ids of other true items of each query, dropped from its negatives: a pair
         (indptr (B + 1,), ids) or a SciPy CSR matrix. Needs negatives.ids.
@@ -338,7 +349,8 @@ def prepare(
     )
     _check_shapes(given)
     u, p, v = given["queries"], given["positives.embeddings"], given["negatives.embeddings"]
-    num_queries, num_sampled = len(u), v.shape[-2]
+    rows = given["negatives.ids"] if _are_rows(given) else None
+    num_queries, num_sampled = len(u), v.shape[-2] if rows is None else rows.shape[1]
     dtype = np.dtype(np.float64 if np.float64 in (u.dtype, p.dtype, v.dtype) else np.float32)
 
     def converted(name: str) -> NDArray | None:
@@ -376,6 +388,7 @@ def prepare(
         negative_log_q=converted("negatives.log_q") if "negatives" in corrected else None,
         drop=false_negatives,
         temperature=as_temperature(temperature),
+        negative_rows=None if rows is None else np.ascontiguousarray(rows, np.int64),
     )
     weight = np.ones(num_queries, dtype)
     if given["sample_weight"] is not None:
@@ -402,18 +415,29 @@ def _check_shapes(given: dict[str, Any]) -> None:
     u, p, v = given["queries"], given["positives.embeddings"], given["negatives.embeddings"]
     if u.ndim != 2:
         raise ValueError(f"queries: expected shape (B, D), got {u.shape}")
-    if v.ndim not in (2, 3):
+    num_queries, dim = u.shape
+    columns: tuple[int, ...]
+    if _are_rows(given):
+        ids = given["negatives.ids"]
+        columns, letters, whole = (num_queries, ids.shape[1]), "(B, S)", "(N, D)"
+        checks.integral("negatives.ids", ids)
+        if ids.size and not (ids.min() >= 0 and ids.max() < len(v)):
+            raise ValueError(
+                f"negatives.ids: expected rows of the table negatives.embeddings, 0 to "
+                f"{len(v) - 1}, got {ids.min()} to {ids.max()}"
+            )
+    elif v.ndim == 2:
+        columns, letters, whole = (len(v),), "(S,)", "(S, D)"
+    elif v.ndim == 3:
+        columns, letters, whole = (num_queries, v.shape[1]), "(B, S)", "(B, S, D)"
+    else:
         raise ValueError(
             f"negatives.embeddings: expected shape (S, D), shared by the batch, or (B, S, D), got "
             f"{v.shape}"
         )
-    (num_queries, dim), num_sampled = u.shape, v.shape[-2]
-    columns: tuple[int, ...] = (num_sampled,)
-    letters, whole = "(S,)", "(S, D)"
-    if v.ndim == 3:
-        columns, letters, whole = (num_queries, num_sampled), "(B, S)", "(B, S, D)"
     checks.shape("positives.embeddings", p, (num_queries, dim), "(B, D) as queries")
-    checks.shape("negatives.embeddings", v, (*columns, dim), f"{whole} as queries")
+    expected = (*columns, dim) if v.ndim == 3 else (len(v), dim)
+    checks.shape("negatives.embeddings", v, expected, f"{whole} as queries")
     for side, shape, text in (
         ("positives", (num_queries,), "(B,)"),
         ("negatives", columns, letters),
@@ -423,6 +447,12 @@ def _check_shapes(given: dict[str, Any]) -> None:
             if x is not None:
                 checks.shape(f"{side}.{field}", x, shape, f"{text} as {side}.embeddings")
                 (checks.integral if field == "ids" else checks.floating)(f"{side}.{field}", x)
+
+
+def _are_rows(given: dict[str, Any]) -> bool:
+    """Whether the negatives are rows of a table, each query's own."""
+    ids, v = given["negatives.ids"], given["negatives.embeddings"]
+    return ids is not None and ids.ndim == 2 and v.ndim == 2
 
 
 def check_loss(loss: str, parameter: float | None) -> float:

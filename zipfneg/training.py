@@ -18,7 +18,7 @@ import numpy as np
 
 from . import metrics, retrieval
 from .checks import NDArray
-from .contrastive import ContrastiveOutput, sum_by_id
+from .contrastive import ContrastiveOutput, places
 from .cpu import rows as kernels
 from .files import save_arrays
 from .popularity import Empirical
@@ -110,7 +110,9 @@ class Trainer:
                 f"the loss is {loss} at step {self.steps_done}: training diverged; lower the "
                 f"learning rate {self.learning_rate}, or raise the temperature"
             )
-        unique_ids, d_rows, _ = sum_by_id(query_ids, out.grads.queries)
+        unique_ids, at = places(query_ids, len(self.tables.queries))
+        d_rows = np.zeros((len(unique_ids), out.grads.queries.shape[1]), np.float32)
+        kernels.add_rows(d_rows, at, out.grads.queries)
         assert out.grads.items is not None
         # The loss is a mean over the batch. An optimiser's step does not depend on its scale, but
         # AdaGrad's initial squares do: they are meant for a gradient summed over the batch.

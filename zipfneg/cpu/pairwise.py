@@ -214,8 +214,8 @@ def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, G
     """One pass over all blocks of rows."""
     scores, name, _ = problem
     u, p, v, tau = scores.queries, scores.positives, scores.negatives, scores.temperature
-    (num_queries, dim), num_sampled, dtype = u.shape, v.shape[-2], u.dtype
-    shared = v.ndim == 2
+    (num_queries, dim), num_sampled, dtype = u.shape, scores.num_sampled, u.dtype
+    shared, index = scores.shared, scores.negative_rows
     a_0, z_0 = positive_scores(scores)
     parameter = np.full(num_queries, problem.parameter, dtype)
     if scores.positive_log_q is not None and name == "gbce":  # it weighs, and corrects nothing
@@ -227,7 +227,9 @@ def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, G
     if d_loss is not None:
         d_u = np.empty_like(u)
         d_v = np.zeros((num_sampled, dim), dtype) if shared else np.empty(v.shape, v.dtype)
-        d_bias = np.zeros(v.shape[:-1], dtype)
+        if index is not None:
+            d_v = d_v[:0]
+        d_bias = np.zeros(num_sampled if shared else (num_queries, num_sampled), dtype)
 
     bias, log_q = scores.negative_bias, scores.negative_log_q
     log_q = np.zeros((1, num_sampled), dtype) if log_q is None else np.atleast_2d(log_q)
@@ -241,7 +243,8 @@ def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, G
         if shared:
             np.matmul(u_scaled, v.T, out=g)
         else:
-            v_block = v[lo:hi].astype(dtype, copy=False)  # (r, S, D)
+            v_block = v[lo:hi] if index is None else v[index[lo:hi]]
+            v_block = v_block.astype(dtype, copy=False)  # (r, S, D)
             np.matmul(v_block, u_scaled[:, :, None], out=g[:, :, None])
         if bias is not None:
             g += _rows(np.atleast_2d(bias), lo, hi) / dtype.type(tau)
@@ -262,8 +265,9 @@ def _run(problem: Problem, d_loss: NDArray | None, ranks: bool) -> tuple[Pass, G
                 d_bias += scale @ g
             else:
                 np.matmul(g[:, None, :], v_block, out=d_u[lo:hi, None, :])
-                factors = (g[:, :, None], u_scaled[:, None, :])
-                np.multiply(*factors, out=d_v[lo:hi], casting="unsafe")
+                if index is None:
+                    factors = (g[:, :, None], u_scaled[:, None, :])
+                    np.multiply(*factors, out=d_v[lo:hi], casting="unsafe")
                 np.multiply(g, scale[:, None], out=d_bias[lo:hi])
             d_u[lo:hi] *= scale[:, None]
 

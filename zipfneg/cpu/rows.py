@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from ..checks import NDArray
 from . import kernel
+from .threads import for_spans
 
 
 @kernel
@@ -11,6 +13,26 @@ def add_rows(table, index, rows):
     for i in range(index.size):
         for d in range(rows.shape[1]):
             table[index[i], d] += rows[i, d]
+
+
+# Rows of a table are shared out to threads by their last digits: frequent ids are neighbours.
+PARTS = 16
+
+
+@kernel
+def _add_products(start, stop, table, index, weights, queries):
+    for i in range(index.shape[0]):
+        query = queries[i]
+        for j in range(index.shape[1]):
+            if start <= index[i, j] % PARTS and index[i, j] % PARTS < stop:
+                row, weight = table[index[i, j]], weights[i, j]
+                for d in range(row.size):
+                    row[d] += weight * query[d]
+
+
+def add_products(table: NDArray, index: NDArray, weights: NDArray, queries: NDArray) -> None:
+    """table[index[i, j]] += weights[i, j]·queries[i], in order of (i, j)."""
+    for_spans(_add_products, PARTS, 1, table, index, weights, queries)
 
 
 # Keeps 0/√0, of a row that never had a gradient, at 0.

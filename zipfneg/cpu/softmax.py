@@ -43,13 +43,23 @@ class Problem(NamedTuple):
 
     queries: NDArray  # (B, D)
     positives: NDArray  # (B, D)
-    negatives: NDArray  # (S, D) or (B, S, D)
+    negatives: NDArray  # (S, D), (B, S, D), or the table (N, D) of `negative_rows`
     positive_bias: NDArray | None  # (B,)
     negative_bias: NDArray | None  # (S,) or (B, S)
     positive_log_q: NDArray | None  # (B,)
     negative_log_q: NDArray | None  # (S,) or (B, S)
     drop: Any  # `FalseNegatives`
     temperature: float
+    negative_rows: NDArray | None = None  # (B, S) int64
+
+    @property
+    def num_sampled(self) -> int:
+        rows = self.negative_rows
+        return self.negatives.shape[-2] if rows is None else rows.shape[1]
+
+    @property
+    def shared(self) -> bool:
+        return self.negatives.ndim == 2 and self.negative_rows is None
 
 
 class Pass(NamedTuple):
@@ -73,9 +83,9 @@ class Gradients(NamedTuple):
 
     queries: NDArray  # (B, D)
     positives: NDArray  # (B, D)
-    negatives: NDArray  # (S, D) or (B, S, D)
+    negatives: NDArray  # (S, D) or (B, S, D); empty for rows of a table: each has negative_bias·u
     positive_bias: NDArray  # (B,)
-    negative_bias: NDArray  # (S,) or (B, S); 0 where the problem has none
+    negative_bias: NDArray  # (S,) or (B, S); 0 where the problem has none, but for a table's rows
     temperature: NDArray  # ()
 
 
@@ -351,49 +361,68 @@ def _collect(start, stop, given, rows, block, shifts, first_row, columns, d_nega
 
 
 @kernel
+def _own(given, v, rows, row, known, d_negatives, d_bias):
+    """All of a row whose negatives v (S, D) are its own, while they stand in cache.
+
+    d_negatives (S, D) and d_bias (S,) are empty where they are not asked for.
+    """
+    num_sampled, dim = v.shape
+    z, offset = np.empty(num_sampled, v.dtype), np.empty(num_sampled, v.dtype)
+    u, d_u = np.empty(dim, z.dtype), np.zeros(dim, z.dtype)
+    u[:] = given.queries[row] / given.temperature
+    for j in range(num_sampled):
+        z[j] = _short_dot(u, v[j])
+    drop_row(z, given.drop, row)
+    _offsets(offset, given, 0, row)
+    if given.tolerance.size:
+        score = z.dtype.type(_positive_score(given, row))
+        _count_row(z, given, rows, row, score)
+    shift, total = rows.result.shift[row] if known else z.dtype.type(-np.inf), 0.0
+    for j in range(num_sampled):
+        z[j] += offset[j]
+        if not known and z[j] > shift:
+            shift = z[j]
+    if shift == -np.inf:
+        shift = z.dtype.type(0)
+    for j in range(num_sampled):
+        z[j] = _exp(z[j] - shift)
+    for j in range(num_sampled):
+        total += z[j]
+    total = np.float64(rows.result.total[row]) if known else total
+    _finish_row(given, rows, row, shift, total, known)
+    if not rows.weight.size:
+        return
+    u[:] = given.queries[row]
+    for j in range(num_sampled):
+        g = rows.weight[row] * z[j]
+        if d_bias.size:
+            d_bias[j] = g
+        for d in range(dim):
+            d_u[d] += z[j] * v[j, d]
+        if d_negatives.size:
+            for d in range(dim):
+                d_negatives[j, d] = g * u[d]
+    _finish_gradients(given, rows, row, d_u)
+
+
+@kernel
 def _each(start, stop, given, negatives, rows, d_negatives, d_bias, first_row, known):
-    """Rows whose negatives (r, S, D) are their own: all of a row while they stand in cache."""
-    num_sampled, dim = negatives.shape[1:]
-    z = np.empty(num_sampled, negatives.dtype)
-    offset = np.empty_like(z)
-    u, d_u = np.empty(dim, z.dtype), np.empty(dim, z.dtype)
+    """Rows with negatives (r, S, D)."""
     for at in range(start, stop):
         row = first_row + at
-        v = negatives[at]
-        u[:] = given.queries[row] / given.temperature
+        _own(given, negatives[at], rows, row, known, d_negatives[at], d_bias[row])
+
+
+@kernel
+def _each_of_table(start, stop, given, table, negative_rows, rows, d_bias, known):
+    """Rows whose negatives are rows of a table."""
+    num_sampled, dim = negative_rows.shape[1], table.shape[1]
+    v, nothing = np.empty((num_sampled, dim), table.dtype), np.empty((0, dim), table.dtype)
+    for row in range(start, stop):
         for j in range(num_sampled):
-            z[j] = _short_dot(u, v[j])
-        drop_row(z, given.drop, row)
-        _offsets(offset, given, 0, row)
-        if given.tolerance.size:
-            score = z.dtype.type(_positive_score(given, row))
-            _count_row(z, given, rows, row, score)
-        shift, total = rows.result.shift[row] if known else z.dtype.type(-np.inf), 0.0
-        for j in range(num_sampled):
-            z[j] += offset[j]
-            if not known and z[j] > shift:
-                shift = z[j]
-        if shift == -np.inf:
-            shift = z.dtype.type(0)
-        for j in range(num_sampled):
-            z[j] = _exp(z[j] - shift)
-        for j in range(num_sampled):
-            total += z[j]
-        _finish_row(
-            given, rows, row, shift, np.float64(rows.result.total[row]) if known else total, known
-        )
-        if not rows.weight.size:
-            continue
-        d_u[:] = 0
-        u[:] = given.queries[row]
-        for j in range(num_sampled):
-            g = rows.weight[row] * z[j]
-            if given.negative_bias.size:
-                d_bias[row, j] = g
             for d in range(dim):
-                d_u[d] += z[j] * v[j, d]
-                d_negatives[at, j, d] = g * u[d]
-        _finish_gradients(given, rows, row, d_u)
+                v[j, d] = table[negative_rows[row, j], d]
+        _own(given, v, rows, row, known, nothing, d_bias[row])
 
 
 def positive_scores(problem: Problem) -> tuple[NDArray, NDArray]:
@@ -430,9 +459,8 @@ def value_and_gradients(
 def _run(
     problem: Problem, d_loss: NDArray | None, known: Pass | None, ranks: bool
 ) -> tuple[Pass, Gradients | None]:
-    v, dtype = problem.negatives, problem.queries.dtype
-    (num_queries, dim), num_sampled = problem.queries.shape, v.shape[-2]
-    shared = v.ndim == 2
+    v, dtype, shared = problem.negatives, problem.queries.dtype, problem.shared
+    (num_queries, dim), num_sampled = problem.queries.shape, problem.num_sampled
     tile_rows, tile_columns = -(-num_queries // HEIGHT), -(-num_sampled // WIDTH)
     height, columns = _block_shape(tile_rows, tile_columns, dtype)
     if shared and d_loss is not None and known is None and columns < tile_columns:
@@ -456,7 +484,8 @@ def _run(
         d_temperature=np.empty(num_weighed),
     )
     # Zeros cost nothing before they are written to.
-    d_v = np.zeros((0,) * v.ndim if d_loss is None else v.shape, v.dtype)
+    none = d_loss is None or problem.negative_rows is not None
+    d_v = np.zeros((0,) * v.ndim if none else v.shape, v.dtype)
     d_bias = np.zeros((1 if shared else num_weighed, num_sampled), dtype)
     given = _given(problem, d_loss, ranks)
     if shared:
@@ -473,8 +502,13 @@ def _run(
                     if d_loss is not None:
                         width = -(-(part[1] - column) // WIDTH)
                         for_spans(_collect, width, 1, given, *where, d_v, d_bias)
+    elif problem.negative_rows is None:
+        kept = d_bias if problem.negative_bias is not None else d_bias[:, :0]
+        _run_each(given, v, rows, d_v, kept, known is not None)
     else:
-        _run_each(given, v, rows, d_v, d_bias, known is not None)
+        table, index = _read_only(v, dtype, 2), problem.negative_rows
+        kernel_arguments = given, table, index, rows, d_bias, known is not None
+        for_spans(_each_of_table, num_queries, 1, *kernel_arguments)
 
     if d_loss is None:
         return result, None
