@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from functools import partial
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -22,7 +23,7 @@ from zipfneg import (
     Uniform,
     as_array,
 )
-from zipfneg.interop import Home
+from zipfneg.interop import Home, on_device
 
 DTYPES = [
     np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int32, np.int64, np.bool_,
@@ -468,13 +469,64 @@ def test_out_refused():
         LAW.draw(3, seed=0, out=np.zeros(3))
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "gpu"])
-def test_other_devices_are_refused(device):
-    with pytest.raises(ValueError, match="device: expected one of 'cpu', got '"):
-        LAW.draw(3, seed=0, device=device)
-    for sampler in (_SAMPLER, _MIXTURE, InBatchSampler(LAW)):
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda0", 0])
+def test_unknown_devices_are_refused(device):
+    for call in (partial(LAW.draw, 3, seed=0), _SAMPLER.sample):
+        with pytest.raises(ValueError, match=r"device: expected one of 'cpu', 'cuda', .*, got "):
+            call(device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_what_draws_on_the_cpu_only_says_so(device):
+    for sampler in (_MIXTURE, InBatchSampler(LAW)):
         with pytest.raises(ValueError, match=r"device: expected one of .*'cpu', got '"):
             sampler.sample(np.arange(3), device=device)
+
+
+def test_cuda_without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    for call in (partial(LAW.draw, 3, seed=0), _SAMPLER.sample):
+        with pytest.raises(
+            RuntimeError, match=r"device: 'cuda' takes CuPy: install zipfneg\[cu12\]"
+        ):
+            call(device="cuda")
+
+
+def _cupy_with(num_devices):
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def count():
+        if not num_devices:
+            raise CUDARuntimeError("no CUDA-capable device is detected")
+        return num_devices
+
+    runtime = SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError, getDeviceCount=count, getDevice=lambda: 1
+    )
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime), ndarray=_NoArray)
+
+
+class _NoArray:
+    pass
+
+
+def test_cuda_without_a_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", _cupy_with(0))
+    with pytest.raises(RuntimeError, match=r"device: 'cuda:0' takes an NVIDIA GPU .* no CUDA-cap"):
+        LAW.draw(3, seed=0, device="cuda:0")
+
+
+def test_cuda_devices_by_number(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", _cupy_with(2))
+    assert on_device("cuda") == Home("cupy", "cuda:1")
+    assert on_device("cuda:0") == Home("cupy", "cuda:0")
+    with pytest.raises(ValueError, match="device: 'cuda:2' is not among the 2 of this machine"):
+        LAW.draw(3, seed=0, device="cuda:2")
+    with pytest.raises(
+        TypeError, match=r"positives\.ids: expected one of CuPy or PyTorch on cuda:1"
+    ):
+        _SAMPLER.sample(np.arange(3), device="cuda")
 
 
 def test_results_go_to_known_frameworks_only():
