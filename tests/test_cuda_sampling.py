@@ -6,6 +6,8 @@ NUMBA_ENABLE_CUDASIM=1 pytest -m cudasim
 import gc
 import inspect
 import pickle
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -33,6 +35,8 @@ pytestmark = pytest.mark.cudasim
 if not zipfneg.cuda.SIMULATED:
     pytest.skip("needs NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
 
+from numba.cuda.simulator.kernelapi import FakeCUDAShared  # noqa: E402
+
 from zipfneg.cuda import launch, sampling  # noqa: E402
 
 LAWS = [
@@ -51,9 +55,20 @@ def small_blocks():
     """The simulator is slow for each thread, and few blocks make kernels stride."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (launch, sampling):
-            patch.setattr(module, "BLOCK", 32)
-        patch.setattr(launch, "MAX_BLOCKS", 3)
+            patch.setattr(module, "BLOCK", 8)
+        patch.setattr(launch, "MAX_BLOCKS", 5)
+        # Threads take turns often: quicker, since the simulator waits for them in a loop, and races
+        # show. The simulator has one of its own, in which threads do not share what is shared.
+        interval, lock, array = sys.getswitchinterval(), threading.Lock(), FakeCUDAShared.array
+
+        def one_at_a_time(self, shape, dtype):
+            with lock:
+                return array(self, shape, dtype)
+
+        patch.setattr(FakeCUDAShared, "array", one_at_a_time)
+        sys.setswitchinterval(1e-5)
         yield
+        sys.setswitchinterval(interval)
 
 
 @pytest.fixture
@@ -112,7 +127,7 @@ def test_repeats_by_hand_on_cuda(numpy_on_cuda):
 
 
 @each_law
-@pytest.mark.parametrize("size", [0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 500])
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 63, 64, 65, 300])
 def test_draws(law, size):
     out = np.full(size, -1)
     sampling.fill(law, out, WORDS)
@@ -126,7 +141,7 @@ def test_uniforms(size):
     assert out.tolist() == uniforms(size, WORDS[:4]).tolist()
 
 
-@pytest.mark.parametrize(("block", "max_blocks"), [(32, 1), (64, 2), (256, 1024)])
+@pytest.mark.parametrize(("block", "max_blocks"), [(8, 1), (32, 3), (256, 1024)])
 def test_draws_do_not_depend_on_the_launch(monkeypatch, block, max_blocks):
     for module in (launch, sampling):
         monkeypatch.setattr(module, "BLOCK", block)
@@ -369,7 +384,7 @@ def test_more_tries_than_the_table_can_number():
 # Repeats
 
 
-@pytest.mark.parametrize("size", [1, 31, 97, 200])
+@pytest.mark.parametrize("size", [1, 31, 97])
 @each_law
 def test_repeats(law, size):
     ids = law.draw(size, seed=12)

@@ -275,7 +275,7 @@ def _kernels(rank, log_prob_of_rank):
 
     @jitable
     def log_prob_of(x, first_id, num_items, law):
-        inside = (x >= first_id) & (x - first_id < num_items)
+        inside = x >= first_id and x - first_id < num_items
         log_p = log_prob_of_rank(f64(x - first_id if inside else 0), *law)
         return log_p if inside else f64(-np.inf)
 
@@ -400,7 +400,7 @@ def enough_tries(
         excess = weights @ q - (num_sampled - 1)
         # The best λ, were the number of distinct ids Poisson's on either side of its mean.
         spread = max(weights @ (q * (1 - q)), 1e-300)
-        rate = min(np.log1p(max(excess, 0.0) / spread), 40.0)
+        rate = min(np.log1p(max(excess, 0.0) / spread), 30.0)
         if rate * (num_sampled - 1) + weights @ np.log1p(q * np.expm1(-rate)) <= np.log(miss):
             return tries
         slack *= 1.25
@@ -427,7 +427,7 @@ class Workspace(NamedTuple):
         return cls(
             ids=empty(num_tries + num_sampled, np.int64),
             # At most half full.
-            table=empty(2 * min(num_tries, num_items) + 1, i32),
+            table=empty(2 * min(max(num_tries, num_sampled), num_items) + 1, i32),
             slots=empty(num_tries, i32),
             columns=empty(num_tries + num_sampled, i32),
             counts=empty(launch.MAX_BLOCKS, np.int64),
