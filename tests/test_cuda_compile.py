@@ -1,6 +1,7 @@
 """Every CUDA kernel compiles, to PTX and to machine code, on a machine without a GPU."""
 
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,3 +87,52 @@ def test_other_integers(dtype, monkeypatch):
     check(sampling.log_uniform.log_q, (f64, f64, i64, i64, x, i64, i32, i32, float, *law), (9, 0))
     words = (np.uint64,) * 4 + (x,)
     check(sampling.uniform.draw, (i32, *words, int, int), (9, 0))
+
+
+def test_launches_by_cupy(monkeypatch):
+    """What CuPy is given: one module for each device and signature, flat arguments, a grid."""
+    monkeypatch.setattr(
+        "numba.cuda.dispatcher.get_current_device",
+        lambda: SimpleNamespace(compute_capability=(9, 0)),
+    )
+    loaded, launched, device = [], [], [0]
+
+    class Module:
+        def load(self, cubin):
+            loaded.append(cubin)
+
+        def get_function(self, name):
+            return lambda *launch: launched.append((name, *launch))
+
+    monkeypatch.setitem(
+        sys.modules,
+        "cupy",
+        SimpleNamespace(
+            cuda=SimpleNamespace(
+                Device=lambda: SimpleNamespace(compute_capability="90"),
+                runtime=SimpleNamespace(getDevice=lambda: device[0]),
+                function=SimpleNamespace(Module=Module),
+            )
+        ),
+    )
+
+    def array(size, dtype, address):
+        return SimpleNamespace(
+            ndim=1, size=size, dtype=np.dtype(dtype), itemsize=np.dtype(dtype).itemsize,
+            data=SimpleNamespace(ptr=address),
+        )  # fmt: skip
+
+    kernel = launch.Kernel(sampling.uniform.draw.function)
+    words = (*np.array([1, 2, 3, 4], np.uint64), array(0, np.int64, 0))
+    kernel(10**9, array(5, np.int32, 4096), *words, 7, 100)
+    name, grid, block, arguments = launched.pop()
+    assert "draw" in name
+    assert (grid, block) == ((launch.MAX_BLOCKS,), (launch.BLOCK,))
+    assert arguments == (0, 0, 5, 4, 4096, 5, 4, 1, 2, 3, 4, 0, 0, 0, 8, 0, 0, 8, 7, 100)
+    kernel(1, array(6, np.int32, 4096), *words, 7, 100)
+    assert launched.pop()[1] == (1,)
+    assert len(loaded) == 1
+    kernel(1, array(6, np.int64, 4096), *words, 7, 100)
+    device[0] = 1
+    kernel(1, array(6, np.int64, 4096), *words, 7, 100)
+    assert len(loaded) == 3
