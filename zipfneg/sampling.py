@@ -197,9 +197,10 @@ class PopularitySampler:
             sample = cuda.sample_unique if self.unique else cuda.sample_repeated
             draw = sample(self, self.law, self.num_sampled, self._time, words, positive_ids)
             negatives = Candidates(ids=place.give(draw.ids), log_q=place.give(draw.log_q))
+            num_tries = place.give(draw.num_tries) if self.unique else self.num_sampled
             if positives is not None:
                 positives = positives._replace(log_q=place.give(draw.positive_log_q))
-        return Draw(positives, negatives, draw.num_tries)
+        return Draw(positives, negatives, num_tries)
 
     def log_q(
         self,

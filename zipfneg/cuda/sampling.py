@@ -5,6 +5,7 @@ number, it is the step, read when the kernel runs, so that a captured graph can 
 """
 
 from functools import cache
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,8 +47,11 @@ def _counters(size):
 
 @jitable
 def _first_draw(counter):
-    """The index of a counter's first draw; that of its second is LANES more."""
-    return counter // LANES * (2 * LANES) + counter % LANES
+    """The index of a counter's first draw; that of its second is LANES more.
+
+    Unsigned, as an index that may be negative costs a comparison.
+    """
+    return u64(2) * u64(counter) - (u64(counter) & u64(LANES - 1))
 
 
 @jitable
@@ -76,10 +80,10 @@ def _draw_uniforms(out, k0, k1, step, stream, step_at):
     for counter in range(cuda.grid(1), _counters(out.size), cuda.gridsize(1)):
         u, v = _uniforms(counter, k0, k1, step, stream)
         i = _first_draw(counter)
-        if i < out.size:
+        if i < u64(out.size):
             out[i] = u
-        if i + LANES < out.size:
-            out[i + LANES] = v
+        if i + u64(LANES) < u64(out.size):
+            out[i + u64(LANES)] = v
 
 
 draw_uniforms = Kernel(_draw_uniforms)
@@ -234,10 +238,10 @@ def _kernels(rank, log_prob_of_rank):
         for counter in range(cuda.grid(1), _counters(size), cuda.gridsize(1)):
             u, v = _uniforms(counter, k0, k1, step, stream)
             i = _first_draw(counter)
-            if i < size:
+            if i < u64(size):
                 out[i] = first_id + rank(u, *law)
-            if i + LANES < size:
-                out[i + LANES] = first_id + rank(v, *law)
+            if i + u64(LANES) < u64(size):
+                out[i + u64(LANES)] = first_id + rank(v, *law)
 
     def draw(out, k0, k1, step, stream, step_at, first_id, *law):
         fill(out, out.size, k0, k1, _step(step, step_at), stream, first_id, law)
@@ -338,7 +342,10 @@ def _kernels_of(law: Any) -> LawKernels:
 
 
 def _on_device(parameters: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(arrays().asarray(x) if isinstance(x, np.ndarray) else x for x in parameters)
+    moved = tuple(arrays().asarray(x) if isinstance(x, np.ndarray) else x for x in parameters)
+    if not launch.SIMULATED:  # other streams, too, will read it
+        arrays().cuda.get_current_stream().synchronize()
+    return moved
 
 
 def _rank_law(law: Any) -> tuple[Any, ...]:
@@ -462,7 +469,7 @@ class UniqueSampler:
     """Draws of `num_sampled` distinct ids of a law, in memory that it keeps.
 
     What it keeps is used by one draw after the other: take one sampler for each stream. Nothing
-    waits for the device, but for the race.
+    waits for the device but the first use of a law, whose tables are copied there, and the race.
     """
 
     def __init__(self, law: Any, num_sampled: int, time: float, num_tries: int | None = None):
@@ -532,9 +539,12 @@ def sample_unique(
     words: tuple[Any, ...],
     positive_ids: NDArray | None,
 ) -> Sample:
-    """By a `UniqueSampler` that is kept for as long as `sampler` lives, one for each stream."""
+    """By a `UniqueSampler` that is kept for as long as `sampler` lives.
+
+    One for each stream, and for each thread, whose launches on one stream could mingle.
+    """
     stream = None if launch.SIMULATED else arrays().cuda.get_current_stream().ptr
-    kept = beside(sampler, stream, lambda: UniqueSampler(law, num_sampled, time))
+    kept = beside(sampler, (stream, get_ident()), lambda: UniqueSampler(law, num_sampled, time))
     return kept.sample(words, positive_ids)
 
 
