@@ -23,7 +23,7 @@ from zipfneg import (
     Uniform,
     as_array,
 )
-from zipfneg.interop import Home, on_device
+from zipfneg.interop import NUMPY, Home, on_device
 
 DTYPES = [
     np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int32, np.int64, np.bool_,
@@ -527,6 +527,40 @@ def test_cuda_devices_by_number(monkeypatch):
         TypeError, match=r"positives\.ids: expected one of CuPy or PyTorch on cuda:1"
     ):
         _SAMPLER.sample(np.arange(3), device="cuda")
+
+
+def test_work_on_cuda_goes_to_the_stream_of_the_caller(monkeypatch):
+    current = []
+
+    class Context:
+        def __init__(self, *what):
+            self.what = what
+
+        def __enter__(self):
+            current.append(self.what)
+
+        def __exit__(self, *error):
+            current.remove(self.what)
+
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(Device=Context, ExternalStream=Context), ndarray=_NoArray
+    )
+    streams = {"cuda:2": SimpleNamespace(cuda_stream=77)}
+    torch = SimpleNamespace(
+        cuda=SimpleNamespace(current_stream=streams.get), from_dlpack=lambda x: ("torch", x)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    result = _NoArray()
+    with Home("cupy", "cuda:1").current():
+        assert current == [(1,)]
+        assert Home("cupy", "cuda:1").give(result) is result
+    with Home("torch", "cuda:2").current():
+        assert current == [(2,), (77, 2)]
+        assert Home("torch", "cuda:2").give(result) == ("torch", result)
+    for place in (NUMPY, Home("torch", "cpu")):
+        with place.current():
+            assert not current
 
 
 def test_results_go_to_known_frameworks_only():
