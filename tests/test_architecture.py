@@ -17,7 +17,7 @@ MODULES = {
 }
 KERNELS = {name for name in MODULES if name.startswith(("cpu", "cuda"))} | {"scalar"}
 DRAWING = {"popularity", "logq", "sampling"}
-COSTING = {"masking", "loss", "retrieval"}
+COSTING = {"masking", "loss", "symmetric", "retrieval"}
 # Modules that only the command line needs, and the packages they may import.
 OPTIONAL = {
     "data": {"pyarrow"},
@@ -64,7 +64,7 @@ def test_cuda_kernels_are_loaded_only_where_they_are_asked_for():
 
 def test_the_scalar_source_and_the_reference_stand_alone():
     assert imports("scalar") == (set(), {"numpy", "numba.extending"})
-    assert imports("reference") == (set(), {"typing", "numpy"})
+    assert imports("reference") == (set(), {"collections.abc", "typing", "numpy"})
 
 
 def test_the_wings_do_not_know_each_other():
@@ -128,6 +128,8 @@ def test_public_names_are_documented(name):
 def test_the_page_on_the_loss_shows_the_reference_as_it_is():
     root = Path(__file__).parents[1]
     page = (root / "docs" / "loss.md").read_text(encoding="utf-8")
-    shown = page.split("```python\n")[-1].split("```")[0]
-    assert "d_negatives" in shown
-    assert shown in (PACKAGE / "reference.py").read_text(encoding="utf-8")
+    blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    shown = [block for block in blocks if ">>>" not in block]
+    assert "d_negatives" in "".join(shown)
+    for block in shown:
+        assert block in (PACKAGE / "reference.py").read_text(encoding="utf-8")

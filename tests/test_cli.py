@@ -320,6 +320,15 @@ def test_interrupted_and_resumed_is_the_same_bit_for_bit(run, train, uninterrupt
     assert _model(out) == _model(uninterrupted)
 
 
+@pytest.mark.parametrize("optimizer", ["rowwise-adagrad", "adam"])
+def test_other_optimizers(run, train, tmp_path, optimizer):
+    options = ("--epochs", 1, "--learning-rate", 0.01, "--optimizer", optimizer)
+    text = _ok(run(*train, *options, "--out", tmp_path / "a"))
+    assert "held out: HR@10" in text
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["settings"]["optimizer"] == optimizer
+
+
 @pytest.mark.parametrize("call", [1, 2, 5, 6])
 def test_interrupt_does_not_tear_a_step(run, train, tmp_path, monkeypatch, call):
     """Between the updates of queries and items, and right after them."""

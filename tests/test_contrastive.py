@@ -462,8 +462,3 @@ def test_errors_of_a_call(samplers, changes, error, text):
     arguments = {"queries": QUERIES, "positive_ids": IDS} | changes
     with pytest.raises(error, match=text):
         ContrastiveOutput(samplers)(**arguments)
-
-
-def test_the_other_losses_are_not_there_yet():
-    with pytest.raises(NotImplementedError, match=r"^loss: 'bpr' is planned"):
-        ContrastiveOutput(UNIQUE, loss="bpr")(QUERIES, IDS, items=TABLE)

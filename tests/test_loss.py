@@ -878,14 +878,6 @@ def test_errors_name_the_argument(changes, error, text):
             function(**arguments)
 
 
-@pytest.mark.parametrize(
-    "loss", ["bpr", "bpr-max", "top1", "top1-max", "logistic", "hinge", "bce", "gbce"]
-)
-def test_the_other_losses_are_not_there_yet(loss):
-    with pytest.raises(NotImplementedError, match=f"^loss: '{loss}' is planned"):
-        sampled_softmax_loss(**_changed({"loss": loss}))
-
-
 def test_one_sided_log_q_is_allowed_where_it_is_not_used():
     plain = sampled_softmax_loss(**_changed({}))
     for changes in (

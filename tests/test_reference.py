@@ -29,6 +29,81 @@ def test_loss_of_one_row_by_hand():
     assert grads.temperature == pytest.approx(8 * share, rel=1e-13)
 
 
+SIGMA = {0.5: 1 / (1 + np.exp(-0.5)), 1.0: 1 / (1 + np.exp(-1)), 4.0: 1 / (1 + np.exp(-4))}
+LN2 = np.log(2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "scores", "parameter", "expected"),
+    [
+        # Scores of the positive and of the negatives, of which the last is dropped.
+        ("bpr", (0, [0, np.log(3), 50]), 0, (np.log(2) + np.log(4)) / 2),
+        ("logistic", (0, [0, np.log(3), 50]), 0, (np.log(2) + np.log(4)) / 2),
+        ("hinge", (1, [-3, 0.5, 2, 50]), 1.5, (0 + 1 + 2.5) / 3),
+        ("top1", (1, [1, 2, 50]), 0, (0.5 + SIGMA[1.0] + SIGMA[1.0] + SIGMA[4.0]) / 2),
+        ("bce", (0, [0, np.log(3), 50]), 0, LN2 + LN2 + np.log(4)),
+        # β = 1 − t·(1 − α) with α = e^0 = 1
+        ("gbce", (0, [0, np.log(3), 50]), 0.75, LN2 + LN2 + np.log(4)),
+        # w = (1/4, 3/4), σ(a_0 − a_j) = (1/2, 1/4)
+        ("bpr-max", (0, [0, np.log(3), 50]), 2, -np.log(5 / 16) + 1.5 * np.log(3) ** 2),
+        # Equal negatives: the weights do not matter.
+        ("top1-max", (0.5, [1, 1, 50]), 0, SIGMA[0.5] + SIGMA[1.0]),
+    ],
+)
+def test_the_other_losses_of_one_row_by_hand(loss, scores, parameter, expected):
+    positive, negatives = scores
+    value, grads = reference.sampled_softmax(
+        [[1.0]],
+        [[positive]],
+        np.reshape(negatives, (-1, 1)),
+        dropped=np.arange(len(negatives)) == len(negatives) - 1,
+        loss=loss,
+        parameter=parameter,
+    )
+    assert value == pytest.approx([expected], rel=1e-14)
+    assert grads.negatives[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # q_0 = 1/2 and q = (1/4, 1/8): z_0 = ln 2, z = (ln 4, ln 8)
+        ("bpr", (np.log(3) + np.log(5)) / 2),
+        ("bce", np.log(1.5) + np.log(5) + np.log(9)),
+        # w = (1/3, 2/3)
+        ("bpr-max", LN2),
+        ("top1-max", 1.0),
+        # α = 1/2, t = 1/2: β = 3/4
+        ("gbce", 2.75 * LN2),
+    ],
+)
+def test_what_log_q_does_by_hand(loss, expected):
+    value, _ = reference.sampled_softmax(
+        [[0.0]],
+        [[0.0]],
+        [[0.0], [0.0]],
+        positive_log_q=[np.log(0.5)],
+        negative_log_q=np.log([0.25, 0.125]),
+        loss=loss,
+        parameter=0.5,
+    )
+    assert value == pytest.approx([expected], rel=1e-14)
+
+
+def test_the_weights_of_the_max_losses_are_those_of_the_full_softmax():
+    # Drawn in proportion to q, with log q: the weights are e^a among the distinct items.
+    a = np.array([[0.3, -1.0, 2.0]])
+    counts = np.array([1, 4, 2])
+    scores = reference.Scores(
+        np.zeros(1), a, np.zeros(1), np.zeros((1, 3)), np.ones((1, 3), bool), 1.0
+    )
+    drawn = np.repeat(a, counts, axis=1)
+    log_q = np.repeat(np.log(counts), counts)[None, :]
+    repeated = scores._replace(a=drawn, log_q=log_q, kept=np.ones(drawn.shape, bool))
+    for loss in (reference.bpr_max, reference.top1_max):
+        assert loss(repeated)[0] == pytest.approx(loss(scores)[0], rel=1e-14)
+
+
 def test_popularity_by_hand():
     assert reference.log_uniform_prob(3) == pytest.approx(
         [np.log(2) / np.log(4), np.log(1.5) / np.log(4), np.log(4 / 3) / np.log(4)]
@@ -76,10 +151,11 @@ def _differences(function, x, step=1e-5):
     return out
 
 
+@pytest.mark.parametrize("loss", reference.LOSSES)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-query"])
 @pytest.mark.parametrize("rich", [False, True], ids=["embeddings", "every-option"])
 @pytest.mark.parametrize(("B", "S", "D"), [(1, 1, 1), (3, 5, 2), (4, 2, 3)])
-def test_gradients_are_finite_differences(B, S, D, rich, shared):
+def test_gradients_are_finite_differences(B, S, D, rich, shared, loss):
     rng = np.random.default_rng(B * 100 + S)
     columns = (S,) if shared else (B, S)
     inputs = {
@@ -90,13 +166,13 @@ def test_gradients_are_finite_differences(B, S, D, rich, shared):
         "negative_bias": np.zeros(columns),
         "temperature": np.ones(()),
     }
-    fixed, d_loss = {}, np.ones(B)
+    fixed, d_loss = {"loss": loss, "parameter": 0.4}, np.ones(B)
     if rich:
         inputs["positive_bias"] = rng.normal(size=B)
         inputs["negative_bias"] = rng.normal(size=columns)
         inputs["temperature"] = np.array(0.6)
         d_loss = rng.normal(size=B)
-        fixed = {
+        fixed |= {
             "positive_log_q": rng.normal(size=B),
             "negative_log_q": rng.normal(size=columns),
             "dropped": rng.random((B, S)) < 0.3,

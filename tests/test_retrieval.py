@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from zipfneg import Candidates, full_softmax_loss, rank, reference, retrieval, scores, top_k
+from zipfneg import (
+    Candidates,
+    full_softmax_loss,
+    full_softmax_value_and_grad,
+    rank,
+    reference,
+    retrieval,
+    scores,
+    top_k,
+)
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 BLOCKS = [(512, 2048), (1, 1), (1, 7), (3, 5), (2, 16), (4, 1)]
@@ -309,3 +318,51 @@ U, V, T = np.ones((2, 3)), np.ones((5, 3)), np.array([1, 2])
 def test_errors(function, args, options, error, text):
     with pytest.raises(error, match=text):
         function(*args, **options)
+
+
+# Exact loss and gradients
+
+
+@pytest.mark.parametrize("first_id", [0, 2])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_full_gradients_against_the_reference(first_id, dtype, with_bias):
+    rng = np.random.default_rng(7)
+    u, v = rng.normal(size=(13, 5)).astype(dtype), rng.normal(size=(41, 5)).astype(dtype)
+    bias = rng.normal(size=41).astype(dtype) if with_bias else None
+    targets, weight = rng.integers(first_id, 41, 13), rng.uniform(0, 2, 13)
+    loss, grads = full_softmax_value_and_grad(
+        u,
+        Candidates(embeddings=v, bias=bias),
+        targets,
+        temperature=0.6,
+        first_id=first_id,
+        sample_weight=weight.astype(dtype),
+    )
+    # dL/da = softmax − one-hot.
+    plain = v.astype(np.float64)[first_id:]
+    a = (u.astype(np.float64) @ plain.T + (0 if bias is None else bias[first_id:])) / 0.6
+    p = np.exp(a - a.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    rows = np.arange(13), targets - first_id
+    expected = -(weight * np.log(p[rows])).sum() / 13
+    p[rows] -= 1
+    d_a = p * weight[:, None] / 13
+    close = {"rel": 1e-4, "abs": 1e-6} if dtype == np.float32 else {"rel": 1e-11, "abs": 1e-13}
+    assert loss == pytest.approx(expected, **close)
+    assert grads.queries == pytest.approx(d_a @ plain / 0.6, **close)
+    assert grads.items.embeddings[first_id:] == pytest.approx(d_a.T @ u / 0.6, **close)
+    assert (grads.items.embeddings[:first_id] == 0).all()
+    assert grads.temperature == pytest.approx(-(d_a * a).sum() / 0.6, **close)
+    assert grads.queries.dtype == grads.items.embeddings.dtype == dtype
+    if with_bias:
+        assert grads.items.bias[first_id:] == pytest.approx(d_a.sum(axis=0) / 0.6, **close)
+    else:
+        assert grads.items.bias is None
+
+
+def test_the_full_loss_has_two_ways():
+    rng = np.random.default_rng(8)
+    u, v, targets = rng.normal(size=(9, 4)), rng.normal(size=(30, 4)), rng.integers(0, 30, 9)
+    loss, _ = full_softmax_value_and_grad(u, v, targets, reduction="none")
+    assert loss == pytest.approx(full_softmax_loss(u, v, targets), rel=1e-12)

@@ -238,6 +238,34 @@ def test_log_inclusion_against_its_equation():
         assert got[-1] == -np.inf
 
 
+EXACT = {
+    "decay": lambda x: np.exp(-np.abs(x)),
+    "softplus": lambda x: np.logaddexp(0, x),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "d_sigmoid": lambda x: 1 / (2 + np.exp(-x) + np.exp(x)),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("compiled", [False, True], ids=["python", "compiled"])
+def test_logistic_functions_in_both_tails(name, compiled):
+    function = getattr(scalar, name)
+    of_array = njit(lambda x: np.array([function(v) for v in x])) if compiled else None
+    x = everywhere(-699, 699)
+    got = of_array(x) if compiled else np.array([function(v) for v in x])
+    np.testing.assert_allclose(got, EXACT[name](x.astype(np.longdouble)), rtol=1e-15)
+    ends = np.array([-np.inf, -1e300, 1e300, np.inf, np.nan])
+    expected = {
+        "decay": [0, 0, 0, 0, np.nan],
+        "softplus": [0, 0, 1e300, np.inf, np.nan],
+        "sigmoid": [0, 0, 1, 1, np.nan],
+        "d_sigmoid": [0, 0, 0, 0, np.nan],
+    }[name]
+    with np.errstate(invalid="ignore", over="ignore"):
+        got = of_array(ends) if compiled else np.array([function(v) for v in ends])
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_a_table_of_tiny_probabilities():
     prob = np.array([1.0, 0.3, 2.0**-1000, 2.0**-1050, 5e-324, 0.0])
     with np.errstate(divide="ignore"):

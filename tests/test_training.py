@@ -5,7 +5,9 @@ import pytest
 from goodness_of_fit import LEVEL, chi_square
 
 from zipfneg import ContrastiveOutput, InBatchSampler, LogUniform, PopularitySampler, reference
+from zipfneg.cpu import rows as kernels
 from zipfneg.training import (
+    OPTIMIZERS,
     Pairs,
     Tables,
     Trainer,
@@ -33,11 +35,11 @@ def _trainer(pairs=None, *, batch_size=8, unique=True, num_sampled=4, seed=3, ra
 
 
 def _copy(tables):
-    return Tables(*(table.copy() for table in tables))
+    return Tables(*(None if table is None else table.copy() for table in tables))
 
 
 def _same(a, b):
-    return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+    return all(x is y is None or x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
 # One step
@@ -58,7 +60,7 @@ def test_step_by_hand(source, correction):
     )
     tables = initial_tables(Q, N, D, seed=0)
     trainer = Trainer(tables, pairs, head, 16, rate, seed=5, steps_done=2)
-    before = [table.astype(np.float64) for table in tables]
+    before = [table.astype(np.float64) for table in tables[:4]]
 
     chosen = trainer.batch(2)
     query_ids, item_ids = pairs.query_ids[chosen], pairs.item_ids[chosen]
@@ -90,9 +92,72 @@ def test_step_by_hand(source, correction):
 
     assert trainer.step() == pytest.approx(loss.mean(), rel=1e-5)
     assert trainer.steps_done == 3
-    for table, value in zip(tables, expected, strict=True):
+    for table, value in zip(tables[:4], expected, strict=True):
         assert table.dtype == np.float32
         np.testing.assert_allclose(table, value, rtol=1e-4, atol=1e-5)
+
+
+ROWS = [np.array([5, 0, 3]), np.array([3]), np.array([0, 6]), np.array([3, 5])]
+
+
+def row_gradients(steps=4):
+    rng = np.random.default_rng(9)
+    return [(ids, rng.normal(size=(len(ids), 4))) for ids in ROWS[:steps]]
+
+
+def test_rowwise_adagrad_by_hand():
+    table, squares = np.ones((7, 4)), np.zeros((7, 1))
+    expected, h = table.copy(), np.zeros(7)
+    for ids, gradients in row_gradients():
+        kernels.adagrad(table, squares, ids, gradients, 0.3)
+        h[ids] += (gradients**2).mean(axis=1)
+        expected[ids] -= 0.3 * gradients / np.sqrt(h[ids])[:, None]
+    assert table == pytest.approx(expected, rel=1e-13)
+    assert squares[:, 0] == pytest.approx(h, rel=1e-13)
+
+
+def test_adam_by_hand():
+    table, means, squares = np.ones((7, 4)), np.zeros((7, 4)), np.zeros((7, 4))
+    expected, m, v = table.copy(), means.copy(), squares.copy()
+    for step, (ids, gradients) in enumerate(row_gradients(), 1):
+        kernels.adam(table, means, squares, ids, gradients, 0.1, step)
+        m[ids] = 0.9 * m[ids] + 0.1 * gradients
+        v[ids] = 0.999 * v[ids] + 0.001 * gradients**2
+        corrected = m[ids] / (1 - 0.9**step), v[ids] / (1 - 0.999**step)
+        expected[ids] -= 0.1 * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
+    assert table == pytest.approx(expected, rel=1e-12)
+    assert (table[[1, 2, 4]] == 1).all()
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_row_without_gradients_stays(width):
+    table, squares = np.ones((2, 4), np.float32), np.zeros((2, width), np.float32)
+    kernels.adagrad(table, squares, np.array([1]), np.zeros((1, 4), np.float32), np.float32(1))
+    assert (table == 1).all()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers_learn_and_resume_bit_for_bit(optimizer, tmp_path):
+    def trainer():
+        pairs = Pairs(np.arange(P) % Q, np.arange(P) % Q)  # item q for query q
+        head = ContrastiveOutput(PopularitySampler(LogUniform(N), 4, seed=3), top_ks=())
+        return Trainer(initial_tables(Q, N, D, 3, optimizer), pairs, head, 8, 0.1, 3)
+
+    once, twice = trainer(), trainer()
+    losses = [once.step() for _ in range(60)]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    for _ in range(30):
+        twice.step()
+    twice.save(tmp_path / "s.npz", {})
+    again = trainer()
+    again.load(tmp_path / "s.npz", {})
+    for _ in range(30):
+        again.step()
+    assert _same(again.tables, once.tables)
+    other = "adam" if optimizer != "adam" else "adagrad"
+    again.tables = initial_tables(Q, N, D, 3, other)
+    with pytest.raises(ValueError, match="the run had other pairs"):
+        again.load(tmp_path / "s.npz", {})
 
 
 def test_rows_outside_the_step_stay():
@@ -110,8 +175,9 @@ def test_rows_outside_the_step_stay():
 
 def test_initial_tables():
     tables = initial_tables(2000, 3000, 16, seed=1)
-    assert [t.shape for t in tables] == [(2000, 16), (3000, 16)] * 2
-    assert {t.dtype for t in tables} == {np.dtype(np.float32)}
+    assert [t.shape for t in tables[:4]] == [(2000, 16), (3000, 16)] * 2
+    assert tables[4:] == (None, None)
+    assert {t.dtype for t in tables[:4]} == {np.dtype(np.float32)}
     assert np.linalg.norm(tables.queries, axis=1).mean() == pytest.approx(1, abs=0.05)
     assert _same(tables, initial_tables(2000, 3000, 16, seed=1))
     assert not _same(tables, initial_tables(2000, 3000, 16, seed=2))

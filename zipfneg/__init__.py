@@ -14,15 +14,27 @@ from .loss import (
     sampled_softmax_value_and_grad,
 )
 from .popularity import Empirical, LogUniform, Uniform, ZipfMandelbrot
-from .retrieval import Ranks, TopK, full_softmax_loss, log_normalizer, rank, scores, top_k
+from .retrieval import (
+    CatalogGrads,
+    Ranks,
+    TopK,
+    full_softmax_loss,
+    full_softmax_value_and_grad,
+    log_normalizer,
+    rank,
+    scores,
+    top_k,
+)
 from .sampling import Draw, InBatchSampler, MixtureSampler, PopularitySampler, merge_repeats
 from .state import from_state, to_state
+from .symmetric import SymmetricGrads, symmetric_softmax_value_and_grad
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CachedSampler",
     "Candidates",
+    "CatalogGrads",
     "Contrastive",
     "ContrastiveGrads",
     "ContrastiveOutput",
@@ -37,6 +49,7 @@ __all__ = [
     "Ranks",
     "RowGrads",
     "SamplerReport",
+    "SymmetricGrads",
     "TopK",
     "Uniform",
     "ZipfMandelbrot",
@@ -44,6 +57,7 @@ __all__ = [
     "check_sampler",
     "from_state",
     "full_softmax_loss",
+    "full_softmax_value_and_grad",
     "log_normalizer",
     "merge_repeats",
     "rank",
@@ -52,6 +66,7 @@ __all__ = [
     "sampled_softmax_loss",
     "sampled_softmax_value_and_grad",
     "scores",
+    "symmetric_softmax_value_and_grad",
     "to_state",
     "top_k",
 ]

@@ -218,6 +218,13 @@ def train(
     epochs: Annotated[int, _option(TRAINING, "Times to go through the pairs.", min=1)] = 10,
     batch_size: Batch = 1024,
     learning_rate: Rate = 0.05,
+    optimizer: Annotated[
+        str,
+        _option(
+            TRAINING,
+            "adagrad, rowwise-adagrad (one number a row in place of one an element), or adam.",
+        ),
+    ] = "adagrad",
     seed: Seed = 0,
     out: Annotated[Path, _option(OUTPUT, "Folder for the model.")] = Path("zipfneg-model"),
     checkpoint_every: Annotated[int, _option(OUTPUT, "Steps between checkpoints.", min=1)] = 1000,
@@ -246,10 +253,11 @@ def train(
     from .data import read_interactions, save_embeddings
     from .files import replacing
     from .loss import CORRECTIONS
-    from .training import Trainer, evaluate, initial_tables
+    from .training import OPTIMIZERS, Trainer, evaluate, initial_tables
 
     checks.one_of("--sampler", sampler, SAMPLERS)
     checks.one_of("--correction", correction, CORRECTIONS)
+    checks.one_of("--optimizer", optimizer, OPTIMIZERS)
     settings = {
         "sampler": sampler,
         "num_sampled": num_sampled,
@@ -260,6 +268,7 @@ def train(
         "temperature": temperature,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
+        "optimizer": optimizer,
         "seed": seed,
     }
     checkpoint = out / "checkpoint.npz"
@@ -303,7 +312,7 @@ def train(
         mask_accidental_hits=unique or sampler == "in-batch",
         top_ks=(),
     )
-    tables = initial_tables(num_queries, num_items, dim, seed)
+    tables = initial_tables(num_queries, num_items, dim, seed, optimizer)
     out.mkdir(parents=True, exist_ok=True)  # now, not after hours of training
     trainer = Trainer(tables, data.train, head, batch_size, learning_rate, seed)
     if resume:

@@ -9,7 +9,6 @@ from . import checks, retrieval
 from .candidates import Candidates, as_candidates, as_temperature
 from .checks import NDArray
 from .cpu import rows as row_kernels
-from .cpu import softmax
 from .interop import Array, as_array, borrow
 from .loss import CORRECTIONS, check_loss, prepare
 from .masking import Csr
@@ -54,7 +53,8 @@ class ContrastiveOutput:
     ----------
     samplers : one sampler, or several, whose negatives stand side by side with the log q of the
         whole (`MixtureSampler`).
-    temperature, correction, loss : as for `sampled_softmax_loss`.
+    temperature, correction, loss, loss_parameter : as for `sampled_softmax_loss`; "hinge" and
+        "top1" go with correction="none", since samplers bring log q.
     mask_accidental_hits : drop negatives equal to the row's positive. Keep the hits (False) with
         `PopularitySampler(unique=False)`: log(S·p) is then exact for every S.
     top_ks : the k of the metrics, which rank the positive among the sampled negatives by the
@@ -95,6 +95,7 @@ class ContrastiveOutput:
     correction: str = field(default="both", kw_only=True)
     mask_accidental_hits: bool = field(default=True, kw_only=True)
     loss: str = field(default="softmax", kw_only=True)
+    loss_parameter: float | None = field(default=None, kw_only=True)
     top_ks: tuple[int, ...] = field(default=(10,), kw_only=True)
     store_negative_ids: bool = field(default=False, kw_only=True)
 
@@ -109,7 +110,7 @@ class ContrastiveOutput:
                 raise TypeError(f"samplers: expected objects with sample(), got {sampler!r}")
         object.__setattr__(self, "temperature", as_temperature(self.temperature))
         checks.one_of("correction", self.correction, CORRECTIONS)
-        check_loss(self.loss)
+        check_loss(self.loss, self.loss_parameter)
         if isinstance(self.top_ks, int):
             raise TypeError(f"top_ks: expected a sequence of integers, got {self.top_ks}")
         top_ks = tuple(checks.integer("top_ks", k, 1, 2**40) for k in self.top_ks)
@@ -239,8 +240,9 @@ class ContrastiveOutput:
             sample_weight=given["sample_weight"],
             correction=self.correction,
             loss=self.loss,
+            loss_parameter=self.loss_parameter,
         )
-        result, gradients = softmax.value_and_gradients(
+        result, gradients = prepared.engine.value_and_gradients(
             prepared.problem, prepared.weight, ranks=bool(self.top_ks)
         )
         metrics = {}

@@ -1,8 +1,9 @@
-"""Sampled softmax: value, forward and backward, with gradients derived by hand.
+"""Sampled softmax and its siblings: value, forward and backward, with gradients derived by hand.
 
 The derivation stands in ``docs/loss.md``; the equations, one by one, in `zipfneg.reference`.
 """
 
+import math
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -10,15 +11,34 @@ import numpy as np
 from . import checks
 from .candidates import Candidates, as_candidates, as_temperature
 from .checks import NDArray
-from .cpu import softmax
+from .cpu import pairwise, softmax
 from .interop import Array, Home, as_array, borrow
 from .masking import Csr, FalseNegatives
 
 CORRECTIONS = ("both", "negatives", "none")
-LOSSES = (
-    "softmax", "bpr", "bpr-max", "top1", "top1-max", "logistic", "hinge", "bce", "gbce",
-)  # fmt: skip
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class Kind(NamedTuple):
+    """What log q and `loss_parameter` are to a loss."""
+
+    log_q: str | None  # corrects the "scores", the "weights" of the negatives, or the "positive"
+    parameter: str | None = None
+    default: float = 0.0
+    greatest: float = math.inf
+
+
+LOSSES = {
+    "softmax": Kind("scores"),
+    "bpr": Kind("scores"),
+    "bpr-max": Kind("weights", "λ", 1.0),
+    "top1": Kind(None),
+    "top1-max": Kind("weights"),
+    "logistic": Kind("scores"),
+    "hinge": Kind(None, "the margin", 1.0),
+    "bce": Kind("scores", default=1.0),  # the weight of the positive's term
+    "gbce": Kind("positive", "t", 0.75, 1.0),
+}
 
 
 class Options(TypedDict, total=False):
@@ -30,6 +50,7 @@ class Options(TypedDict, total=False):
     sample_weight: Array | None
     correction: str
     loss: str
+    loss_parameter: float | None
     reduction: str
     validate: bool
 
@@ -50,14 +71,15 @@ class Grads(NamedTuple):
 class Prepared(NamedTuple):
     """A checked call: what to compute, and how its results go back."""
 
-    problem: softmax.Problem
+    engine: Any  # the module that computes it, `softmax` or `pairwise`
+    problem: softmax.Problem | pairwise.Problem
     weight: NDArray  # (B,) dloss/dL_i
     reduction: str
     place: Home
     dtypes: dict[str, np.dtype[Any]]  # of the given arrays, by their name
 
-    def loss(self, result: softmax.Pass) -> Array:
-        loss = softmax.softplus(result.excess) * self.weight  # (B,)
+    def loss(self, result: softmax.Pass | pairwise.Pass) -> Array:
+        loss = result.loss * self.weight  # (B,)
         return self.place.give(loss if self.reduction == "none" else loss.sum())
 
     def grads(self, gradients: softmax.Gradients) -> Grads:
@@ -81,10 +103,10 @@ class Prepared(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What `sampled_softmax_backward` needs of the forward: the inputs, and three figures a row."""
+    """What `sampled_softmax_backward` needs of the forward: the inputs, and a few figures a row."""
 
     prepared: Prepared
-    result: softmax.Pass
+    result: softmax.Pass | pairwise.Pass
 
 
 def sampled_softmax_loss(
@@ -98,12 +120,13 @@ def sampled_softmax_loss(
     sample_weight: Array | None = None,
     correction: str = "both",
     loss: str = "softmax",
+    loss_parameter: float | None = None,
     reduction: str = "mean",
     validate: bool = False,
 ) -> Array:
-    """Softmax cross-entropy of each query's positive among the negatives, corrected by log q.
+    """Loss of each query's positive among the negatives, corrected by log q.
 
-    ::
+    By default the cross-entropy of a softmax::
 
         a_0 = (u·v_0 + b_0)/τ    z_0 = a_0 − c          c = log q_0 for "both", else 0
         a_j = (u·v_j + b_j)/τ    z_j = a_j − log q_j    (z_j = a_j for "none")
@@ -125,7 +148,21 @@ def sampled_softmax_loss(
     sample_weight : (B,), multiplies each example's loss.
     correction : "both" subtracts log q from the positive and the negatives, "negatives" from the
         negatives alone, "none" from neither. Without any log_q nothing is subtracted.
-    loss : "softmax".
+    loss : "softmax", or one of these, with the mean and Σ over the row's kept negatives and
+        w = softmax_j(a_j − log q_j):
+
+        - "bpr", also called "logistic": mean_j softplus(z_j − z_0)
+        - "bpr-max": −log Σ_j w_j·σ(a_0 − a_j) + λ·Σ_j w_j·a_j²
+        - "top1": mean_j f_j, "top1-max": Σ_j w_j·f_j, with f_j = σ(a_j − a_0) + σ(a_j²)
+        - "hinge": mean_j max(0, margin + a_j − a_0)
+        - "bce": softplus(−z_0) + Σ_j softplus(z_j); with log q = log(S·p) and hits kept it is
+          noise-contrastive estimation
+        - "gbce": β·softplus(−a_0) + Σ_j softplus(a_j), β = 1 − t·(1 − min(1, q_0)); log q of the
+          positive is needed, and used for β alone
+
+        Log q has no meaning in "hinge" and "top1": where it is given, pass correction="none".
+    loss_parameter : λ of "bpr-max" (default 1), the margin of "hinge" (1), t of "gbce" (0.75, at
+        most 1); at least 0.
     reduction : "mean" (the sum over B, whatever the weights), "sum" or "none".
     validate : also look for NaN and infinity in queries, embeddings and weights. Biases and log q
         must be finite in any case.
@@ -139,12 +176,14 @@ def sampled_softmax_loss(
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what came: shapes, dtypes, mixed frameworks or
-        devices, temperature ≤ 0, log_q on one side only, log_q that is not finite.
+        devices, temperature ≤ 0, log_q on one side only, log_q that is not finite, a correction or
+        a parameter that the loss does not have.
 
     Notes
     -----
     Where both sides have ids, negatives equal to the row's positive are dropped. A row whose
-    negatives are all dropped has loss 0 and zero gradients; so has a batch without rows.
+    negatives are all dropped has loss 0 and zero gradients, or the positive's term alone in "bce"
+    and "gbce"; a batch without rows has loss 0.
     Arithmetic is float32, or float64 where an embedding is float64. Beyond float32 copies of half
     precision arrays (per-query negatives excepted) and the results, a few megabytes of workspace
     are used. NaN and infinity of embeddings pass through.
@@ -153,7 +192,8 @@ def sampled_softmax_loss(
     ----------
     Bengio & Senécal 2008, Adaptive importance sampling to accelerate training of a neural
     probabilistic language model, eq. 9; Yi et al. 2019, Sampling-bias-corrected neural modeling
-    for large corpus item recommendations, eq. 5.
+    for large corpus item recommendations, eq. 5. Those of the other losses are in ``docs/loss.md``,
+    with their gradients.
 
     Examples
     --------
@@ -163,6 +203,8 @@ def sampled_softmax_loss(
     >>> negatives = Candidates(ids=np.array([5, 1, 7, 9]), embeddings=v)
     >>> sampled_softmax_loss(u, Candidates(np.arange(3), p), negatives, reduction="none").round(4)
     array([1.6094, 1.3863, 1.6094])
+    >>> sampled_softmax_loss(u, p, negatives, loss="hinge", loss_parameter=0.5)
+    np.float64(0.5)
     """
     value, _ = sampled_softmax_forward(
         queries,
@@ -174,6 +216,7 @@ def sampled_softmax_loss(
         sample_weight=sample_weight,
         correction=correction,
         loss=loss,
+        loss_parameter=loss_parameter,
         reduction=reduction,
         validate=validate,
     )
@@ -189,7 +232,8 @@ def sampled_softmax_value_and_grad(
     """The loss and all its gradients, from one pass over the logits.
 
     Arguments as for `sampled_softmax_loss`. With reduction "none" the gradients are those of the
-    sum. The gradients, with g_0 = −σ(D), g_j = σ(D)·softmax_j(z), D = logsumexp_j z_j − z_0::
+    sum. For the softmax, with D = logsumexp_j z_j − z_0, g_0 = −σ(D) and g_j = σ(D)·softmax_j(z);
+    for every loss::
 
         dU_i = (g_i0·P_i + Σ_j g_ij·V_j)/τ    dP_i = g_i0·U_i/τ    dV_j = Σ_i g_ij·U_i/τ
         db_i0 = g_i0/τ    db_j = Σ_i g_ij/τ    dτ = −(1/τ)·Σ g·a
@@ -208,7 +252,7 @@ def sampled_softmax_value_and_grad(
     (1.6094, (4, 3), None)
     """
     prepared = prepare(queries, positives, negatives, **options)
-    result, gradients = softmax.value_and_gradients(prepared.problem, prepared.weight)
+    result, gradients = prepared.engine.value_and_gradients(prepared.problem, prepared.weight)
     return prepared.loss(result), prepared.grads(gradients)
 
 
@@ -224,7 +268,7 @@ def sampled_softmax_forward(
     be changed before the backward pass.
     """
     prepared = prepare(queries, positives, negatives, **options)
-    result = softmax.value(prepared.problem)
+    result = prepared.engine.value(prepared.problem)
     return prepared.loss(result), Saved(prepared, result)
 
 
@@ -257,7 +301,8 @@ def sampled_softmax_backward(d_loss: float | Array, saved: Saved) -> Grads:
             )
         checks.shape("d_loss", upstream, prepared.weight.shape, "(B,)")
     weight = (prepared.weight * upstream).astype(prepared.weight.dtype)
-    return prepared.grads(softmax.value_and_gradients(prepared.problem, weight, known=result)[1])
+    _, gradients = prepared.engine.value_and_gradients(prepared.problem, weight, known=result)
+    return prepared.grads(gradients)
 
 
 def prepare(
@@ -271,12 +316,13 @@ def prepare(
     sample_weight: Array | None = None,
     correction: str = "both",
     loss: str = "softmax",
+    loss_parameter: float | None = None,
     reduction: str = "mean",
     validate: bool = False,
 ) -> Prepared:
     """All checks of this module, once."""
     checks.one_of("correction", correction, CORRECTIONS)
-    check_loss(loss)
+    parameter = check_loss(loss, loss_parameter)
     checks.one_of("reduction", reduction, REDUCTIONS)
     positives = as_candidates("positives", positives)
     negatives = as_candidates("negatives", negatives)
@@ -310,7 +356,7 @@ def prepare(
             raise TypeError(f"mask: expected bool, True to drop a negative, got {drop.dtype}")
         if drop.shape != (num_sampled,):
             checks.shape("mask", drop, (num_queries, num_sampled), "(B, S), or (S,)")
-    log_q = _log_q(given, correction)
+    corrected = _corrected(given, correction, loss)
     false_negatives = FalseNegatives.find(
         given["negatives.ids"], given["positives.ids"], known_positives, drop, num_queries
     )
@@ -325,8 +371,8 @@ def prepare(
         negatives=np.ascontiguousarray(v, dtype) if v.ndim == 2 else v,
         positive_bias=converted("positives.bias"),
         negative_bias=converted("negatives.bias"),
-        positive_log_q=converted("positives.log_q") if log_q == "both" else None,
-        negative_log_q=converted("negatives.log_q") if log_q != "none" else None,
+        positive_log_q=converted("positives.log_q") if "positives" in corrected else None,
+        negative_log_q=converted("negatives.log_q") if "negatives" in corrected else None,
         drop=false_negatives.drop,
         temperature=as_temperature(temperature),
     )
@@ -340,7 +386,10 @@ def prepare(
     if reduction == "mean":
         weight /= max(1, num_queries)
     dtypes = {name: x.dtype for name, x in given.items() if x is not None}
-    return Prepared(problem, weight, reduction, place, dtypes)
+    if loss == "softmax":
+        return Prepared(softmax, problem, weight, reduction, place, dtypes)
+    other = pairwise.Problem(problem, loss, parameter)
+    return Prepared(pairwise, other, weight, reduction, place, dtypes)
 
 
 def _check_shapes(given: dict[str, Any]) -> None:
@@ -375,25 +424,65 @@ def _check_shapes(given: dict[str, Any]) -> None:
                 (checks.integral if field == "ids" else checks.floating)(f"{side}.{field}", x)
 
 
-def check_loss(loss: str) -> None:
-    checks.one_of("loss", loss, LOSSES)
-    if loss != "softmax":
-        raise NotImplementedError(f'loss: {loss!r} is planned; this version has "softmax" alone')
+def check_loss(loss: str, parameter: float | None) -> float:
+    """The loss's parameter, checked, or its default."""
+    checks.one_of("loss", loss, tuple(LOSSES))
+    kind = LOSSES[loss]
+    if parameter is None:
+        return kind.default
+    if kind.parameter is None:
+        owners = ", ".join(
+            f"{k.parameter} of {name!r}" for name, k in LOSSES.items() if k.parameter
+        )
+        raise ValueError(
+            f"loss_parameter: expected None, since {loss!r} has none, got {parameter!r}; it is "
+            f"{owners}"
+        )
+    if isinstance(parameter, bool) or not isinstance(
+        parameter, int | float | np.integer | np.floating
+    ):
+        raise TypeError(f"loss_parameter: expected a number, got {parameter!r}")
+    if not (0 <= parameter <= kind.greatest and parameter < math.inf):
+        text = "from 0" if kind.greatest == math.inf else f"from 0 to {kind.greatest:g}"
+        raise ValueError(
+            f"loss_parameter: expected a finite number {text}, {kind.parameter} of {loss!r}, got "
+            f"{parameter!r}"
+        )
+    return float(parameter)
 
 
-def _log_q(given: dict[str, NDArray | None], correction: str) -> str:
-    """Which correction applies: "none" where no log q is given at all."""
+def _corrected(given: dict[str, NDArray | None], correction: str, loss: str) -> tuple[str, ...]:
+    """The sides whose log q is used: none where no log q is given at all."""
     positive, negative = given["positives.log_q"], given["negatives.log_q"]
+    role = LOSSES[loss].log_q
+    if role == "positive":
+        if correction == "none":
+            raise ValueError(
+                f'correction: expected "both" or "negatives", since {loss!r} weighs the positive '
+                f'by its log q, got "none"'
+            )
+        if positive is None:
+            raise ValueError(
+                f"positives.log_q: expected log q, by which {loss!r} weighs the positive, got None"
+            )
+        return ("positives",)
     if correction == "none" or (positive is None and negative is None):
-        return "none"
+        return ()
+    if role is None:
+        raise ValueError(
+            f'correction: expected "none", since log q has no meaning in {loss!r}, got '
+            f'{correction!r} with log q; pass correction="none" for plain scores'
+        )
     if negative is None:
         raise ValueError(
             "negatives.log_q: expected log q, since positives.log_q is given, got None; pass it, "
             'or correction="none"'
         )
-    if correction == "both" and positive is None:
+    if role == "weights" or correction == "negatives":
+        return ("negatives",)
+    if positive is None:
         raise ValueError(
             "positives.log_q: expected log q, since negatives.log_q is given, got None; pass it, "
             'or correction="negatives" to leave the positive uncorrected'
         )
-    return correction
+    return ("positives", "negatives")

@@ -9,7 +9,9 @@ from . import checks
 from .candidates import Candidates, as_candidates, as_temperature
 from .checks import NDArray
 from .cpu.ranks import count, tie_tolerance
-from .interop import Array, Home, borrow
+from .cpu.rows import add_rows
+from .interop import Array, Home, as_array, borrow
+from .loss import prepare
 from .masking import Csr, csr
 
 # A block of scores: 512 × 2048 float32 take 4 MiB.
@@ -285,6 +287,82 @@ def full_softmax_loss(
     """
     catalog, targets = _with_targets(queries, items, target_ids, temperature, first_id)
     return catalog.place.give(_log_normalizer(catalog) - catalog.target_scores(targets))
+
+
+class CatalogGrads(NamedTuple):
+    """Gradients of the exact loss: `items` are `Candidates` with embeddings (N, D) and bias."""
+
+    queries: Array
+    items: Candidates
+    temperature: Array
+
+
+def full_softmax_value_and_grad(
+    queries: Array,
+    items: Array | Candidates,
+    target_ids: Array,
+    *,
+    temperature: float | Array = 1.0,
+    first_id: int = 0,
+    sample_weight: Array | None = None,
+    reduction: str = "mean",
+) -> tuple[Array, CatalogGrads]:
+    """Exact cross-entropy over the whole catalog and its gradients, without forming (B, N).
+
+    The sampled softmax with every other item as a negative: `full_softmax_loss`, to train by where
+    the catalog is small enough, and to check a sampled loss against.
+
+    Parameters
+    ----------
+    queries, items, target_ids, temperature, first_id : as for `full_softmax_loss`.
+    sample_weight, reduction : as for `sampled_softmax_loss`.
+
+    Returns
+    -------
+    loss, and `CatalogGrads`, each in its input's dtype; those of items below first_id are 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> u, items = np.zeros((2, 4)), np.ones((8, 4))
+    >>> loss, grads = full_softmax_value_and_grad(u, items, np.array([0, 5]))
+    >>> float(loss.round(4)), grads.queries.shape, grads.items.embeddings.shape
+    (2.0794, (2, 4), (8, 4))
+    """
+    catalog, targets = _with_targets(queries, items, target_ids, temperature, first_id)
+    items = as_candidates("items", items)
+    place, given = borrow(
+        {"queries": queries, "items": items.embeddings, "sample_weight": sample_weight}
+    )
+    u, v, bias = catalog.queries, catalog.items, catalog.bias
+    prepared = prepare(
+        u,
+        Candidates(targets, v[targets], bias=None if bias is None else bias[targets]),
+        Candidates(
+            np.arange(first_id, len(v)),
+            v[first_id:],
+            bias=None if bias is None else bias[first_id:],
+        ),
+        temperature=temperature,
+        sample_weight=given["sample_weight"],
+        reduction=reduction,
+    )
+    result, found = prepared.engine.value_and_gradients(prepared.problem, prepared.weight)
+    d_items = np.zeros_like(v)
+    d_items[first_id:] = found.negatives
+    add_rows(d_items, targets, found.positives)
+    d_bias = None
+    if bias is not None:
+        d_bias = np.bincount(targets, found.positive_bias, len(v))
+        d_bias[first_id:] += found.negative_bias
+        d_bias = place.give(d_bias.astype(as_array(items.bias).dtype))
+    return place.give(np.asarray(prepared.loss(result))), CatalogGrads(
+        place.give(found.queries.astype(given["queries"].dtype, copy=False)),
+        Candidates(
+            embeddings=place.give(d_items.astype(given["items"].dtype, copy=False)), bias=d_bias
+        ),
+        place.give(found.temperature),
+    )
 
 
 def log_normalizer(

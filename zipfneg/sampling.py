@@ -172,10 +172,10 @@ class PopularitySampler:
 
         negatives = Candidates(ids=place.give(ids), log_q=place.give(log_q(ids)))
         if positives is not None and positive_ids is not None:
-            certain = np.isin(positive_ids, excluded)
-            positives = positives._replace(
-                log_q=place.give(np.where(certain, 0.0, log_q(positive_ids)))
-            )
+            of_positives = log_q(positive_ids)
+            if excluded.size:
+                of_positives = np.where(np.isin(positive_ids, excluded), 0.0, of_positives)
+            positives = positives._replace(log_q=place.give(of_positives))
         return Draw(positives, negatives, num_tries)
 
     def _sample_on_cuda(
@@ -221,7 +221,9 @@ class PopularitySampler:
         if self.by_tries and num_tries is None:
             raise ValueError("num_tries: expected that of a draw for by_tries, got None")
         log_q = self._log_q(view, time, num_tries)
-        return place.give(np.where(np.isin(view, excluded), -np.inf, log_q))
+        if excluded.size:
+            log_q = np.where(np.isin(view, excluded), -np.inf, log_q)
+        return place.give(log_q)
 
     def _log_q(self, ids: NDArray, time: float, num_tries: int | None) -> NDArray:
         if self.by_tries and num_tries is not None:

@@ -1,4 +1,4 @@
-"""The standalone trainer: two tables of embeddings, sampled softmax, sparse AdaGrad.
+"""The standalone trainer: two tables of embeddings, sampled softmax, sparse updates.
 
 A batch is a pure function of (seed, step), as the negatives are: a run that is stopped and
 resumed from its state goes on bit for bit.
@@ -35,21 +35,38 @@ class Pairs(NamedTuple):
     counts: NDArray | None = None
 
 
+OPTIMIZERS = ("adagrad", "rowwise-adagrad", "adam")
+
+
 class Tables(NamedTuple):
-    """Embeddings (Q, D) and (N, D), with AdaGrad's sums of squared gradients."""
+    """Embeddings (Q, D) and (N, D), with what their optimiser keeps of each row's gradients.
+
+    `squares` are AdaGrad's sums of squared gradients, one column for a row's mean, or Adam's second
+    moments; `means` Adam's first.
+    """
 
     queries: NDArray
     items: NDArray
     query_squares: NDArray
     item_squares: NDArray
+    query_means: NDArray | None = None
+    item_means: NDArray | None = None
 
 
-def initial_tables(num_queries: int, num_items: int, dim: int, seed: int) -> Tables:
+def initial_tables(
+    num_queries: int, num_items: int, dim: int, seed: int, optimizer: str = "adagrad"
+) -> Tables:
     """Normal rows of length about 1; AdaGrad starts at 0.1, so that no first step is a leap."""
     rng = np.random.default_rng(seed)
-    queries = rng.standard_normal((num_queries, dim), np.float32) / np.float32(dim**0.5)
-    items = rng.standard_normal((num_items, dim), np.float32) / np.float32(dim**0.5)
-    return Tables(queries, items, np.full_like(queries, 0.1), np.full_like(items, 0.1))
+    embeddings = [
+        rng.standard_normal((rows, dim), np.float32) / np.float32(dim**0.5)
+        for rows in (num_queries, num_items)
+    ]
+    if optimizer == "adam":
+        return Tables(*embeddings, *(np.zeros_like(x) for x in (*embeddings, *embeddings)))
+    width = 1 if optimizer == "rowwise-adagrad" else dim
+    squares = (np.full((len(x), width), 0.1, np.float32) for x in embeddings)
+    return Tables(*embeddings, *squares)
 
 
 @dataclass
@@ -95,16 +112,23 @@ class Trainer:
             )
         unique_ids, d_rows, _ = sum_by_id(query_ids, out.grads.queries)
         assert out.grads.items is not None
-        # The loss is a mean over the batch. AdaGrad's step does not depend on its scale, but the
-        # initial squares do: they are meant for a gradient summed over the batch.
-        scale, rate = np.float32(len(chosen)), np.float32(self.learning_rate)
-        t = self.tables
-        kernels.adagrad(t.queries, t.query_squares, unique_ids, d_rows * scale, rate)
-        kernels.adagrad(
-            t.items, t.item_squares, out.grads.items.ids, out.grads.items.rows * scale, rate
-        )
+        # The loss is a mean over the batch. An optimiser's step does not depend on its scale, but
+        # AdaGrad's initial squares do: they are meant for a gradient summed over the batch.
+        scale, t = np.float32(len(chosen)), self.tables
+        self._update(t.queries, t.query_squares, t.query_means, unique_ids, d_rows * scale)
+        found = out.grads.items
+        self._update(t.items, t.item_squares, t.item_means, found.ids, found.rows * scale)
         self.steps_done += 1
         return loss
+
+    def _update(
+        self, table: NDArray, squares: NDArray, means: NDArray | None, ids: NDArray, rows: NDArray
+    ) -> None:
+        rate = np.float32(self.learning_rate)
+        if means is None:
+            kernels.adagrad(table, squares, ids, rows, rate)
+        else:
+            kernels.adam(table, means, squares, ids, rows, rate, self.steps_done + 1)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,9 +137,8 @@ class Trainer:
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """All that a later run needs to go on; `settings` are what it must agree on."""
         agreed = {**settings, "pairs": self._fingerprint}
-        save_arrays(
-            path, **self.tables._asdict(), steps_done=self.steps_done, settings=json.dumps(agreed)
-        )
+        tables = {name: x for name, x in self.tables._asdict().items() if x is not None}
+        save_arrays(path, **tables, steps_done=self.steps_done, settings=json.dumps(agreed))
 
     def load(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Go on from a saved state.
@@ -130,7 +153,7 @@ class Trainer:
                 arrays = {name: saved[name] for name in saved.files}
             agreed = json.loads(str(arrays["settings"]))
             steps_done = int(arrays["steps_done"])
-            tables = Tables(*(arrays[name] for name in Tables._fields))
+            tables = Tables(**{name: arrays[name] for name in Tables._fields if name in arrays})
         except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a checkpoint of zipfneg train: {error}") from error
         for name, value in settings.items():
@@ -139,13 +162,16 @@ class Trainer:
                     f"{path}: expected the run's own {name}, {agreed.get(name)}, got {value}; "
                     f"resume with the same file and settings"
                 )
-        shapes = [table.shape for table in self.tables]
-        if agreed.get("pairs") != self._fingerprint or [t.shape for t in tables] != shapes:
+        shapes, expected = (
+            [None if x is None else x.shape for x in t] for t in (tables, self.tables)
+        )
+        if agreed.get("pairs") != self._fingerprint or shapes != expected:
             raise ValueError(
                 f"{path}: the run had other pairs; resume with the same file and columns"
             )
         for table, saved_table in zip(self.tables, tables, strict=True):
-            table[...] = saved_table
+            if table is not None:
+                table[...] = saved_table
         self.steps_done = steps_done
 
     @cached_property

@@ -18,8 +18,9 @@ from ..scalar import (
     uniform_53,
     uniform_log_prob,
     uniform_rank,
+    zipf_mandelbrot_head,
     zipf_mandelbrot_log_prob,
-    zipf_mandelbrot_rank,
+    zipf_mandelbrot_tail,
 )
 from ..scalar import log_inclusion as log_inclusion_of
 from . import kernel
@@ -129,7 +130,7 @@ see_in_table = _see(_unseen_in_table)
 TILES_PER_ROW = 2**32 // COUNTERS
 
 
-def _draw_unseen(rank, is_unseen):
+def _draw_unseen(fill_ranks, is_unseen):
     @kernel
     def draw_unseen(out, seen, remember, max_tries, tile, k0, k1, step, stream, first_id, *law):
         """The draws from `tile` on that are not in the set `seen`, until `out` is full.
@@ -143,8 +144,7 @@ def _draw_unseen(rank, is_unseen):
         num_kept = num_tries = 0
         while num_kept < out.size and num_tries < max_tries:
             _fill_uniforms(u, words, tile, k0, k1, step, stream)
-            for i in range(TILE):
-                ranks[i] = rank(u[i], *law)
+            fill_ranks(ranks, u, 0, *law)
             for i in range(min(TILE, max_tries - num_tries)):
                 num_tries += 1
                 # No branch on what is seen for the first time: it could not be predicted.
@@ -171,19 +171,34 @@ def _draw_unseen(rank, is_unseen):
 
 def _kernel(rank, log_prob_of_rank):
     @kernel
+    def fill_ranks(out, u, first_id, *law):
+        for i in range(out.size):
+            out[i] = first_id + rank(u[i], *law)
+
+    return _kernels(fill_ranks, log_prob_of_rank)
+
+
+@kernel
+def _fill_zipf_mandelbrot_ranks(out, u, first_id, num_items, head, *law):
+    # Two loops: the first becomes vectors, and look-ups in a table would not let it.
+    for i in range(out.size):
+        out[i] = zipf_mandelbrot_tail(u[i], num_items, head, *law)
+    for i in range(out.size):
+        out[i] = first_id + zipf_mandelbrot_head(u[i], out[i], head)
+
+
+def _kernels(fill_ranks, log_prob_of_rank):
+    @kernel
     def draw(out, start, stop, k0, k1, step, stream, first_id, *law):
         u = np.empty(TILE)
         words = np.empty((4, COUNTERS), np.uint64)
         for first in range(start, stop, TILE):
             _fill_uniforms(u, words, first // TILE, k0, k1, step, stream)
-            tile = out[first : min(first + TILE, stop)]
-            for i in range(tile.size):
-                tile[i] = first_id + rank(u[i], *law)
+            fill_ranks(out[first : min(first + TILE, stop)], u, first_id, *law)
 
     @kernel
     def invert(out, u, *law):
-        for i in range(u.size):
-            out[i] = rank(u[i], *law)
+        fill_ranks(out, u, 0, *law)
 
     @kernel
     def log_prob(out, ids, first_id, num_items, *law):
@@ -198,8 +213,8 @@ def _kernel(rank, log_prob_of_rank):
         for i in range(ids.size):
             out[i] = log_inclusion_of(out[i], time) if out[i] > -np.inf else -np.inf
 
-    in_bits = _draw_unseen(rank, _unseen_in_bits)
-    in_table = _draw_unseen(rank, _unseen_in_table)
+    in_bits = _draw_unseen(fill_ranks, _unseen_in_bits)
+    in_table = _draw_unseen(fill_ranks, _unseen_in_table)
     return Kernel(
         draw=draw,
         draw_unseen=(in_bits[0], in_table[0]),
@@ -212,7 +227,7 @@ def _kernel(rank, log_prob_of_rank):
 
 log_uniform = _kernel(log_uniform_rank, log_uniform_log_prob)
 uniform = _kernel(uniform_rank, uniform_log_prob)
-zipf_mandelbrot = _kernel(zipf_mandelbrot_rank, zipf_mandelbrot_log_prob)
+zipf_mandelbrot = _kernels(_fill_zipf_mandelbrot_ranks, zipf_mandelbrot_log_prob)
 alias = _kernel(alias_rank, table_log_prob)
 
 

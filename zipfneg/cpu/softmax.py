@@ -37,6 +37,10 @@ class Pass(NamedTuple):
     num_better: NDArray  # (B,) negatives that score above the positive, if asked for
     num_tied: NDArray  # (B,) negatives that score the same
 
+    @property
+    def loss(self) -> NDArray:
+        return softplus(self.excess)
+
 
 class Gradients(NamedTuple):
     """Of Σ_i d_i·L_i, in the dtype of accumulation."""
@@ -56,7 +60,7 @@ def _rows(x: NDArray | None, shared_ndim: int, lo: int, hi: int) -> Any:
     return x[lo:hi]
 
 
-def _positive_scores(problem: Problem) -> tuple[NDArray, NDArray]:
+def positive_scores(problem: Problem) -> tuple[NDArray, NDArray]:
     """a_0 and z_0 = a_0 − log q_0, both (B,)."""
     a_0 = np.einsum("bd,bd->b", problem.queries, problem.positives)
     if problem.positive_bias is not None:
@@ -95,7 +99,7 @@ def _run(
     (num_queries, dim), num_sampled, dtype = u.shape, v.shape[-2], u.dtype
     shared = v.ndim == 2
     tau = problem.temperature
-    a_0, z_0 = _positive_scores(problem)
+    a_0, z_0 = positive_scores(problem)
     if known is None:
         shift, total, excess = (np.empty(num_queries, dtype) for _ in range(3))
     else:
