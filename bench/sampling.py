@@ -7,34 +7,18 @@ installed, on the threads they choose themselves: TensorFlow's candidate sampler
 transform and choice, torch.multinomial. One JSON line a case.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from measure import machine, seconds
 
 from zipfneg import Empirical, LogUniform, PopularitySampler, Uniform, ZipfMandelbrot
 from zipfneg.reference import log_uniform_prob
-
-
-def seconds(run: Callable[[], Any], budget: float = 1.0) -> tuple[float, float]:
-    """Median and interquartile range of repeated runs, after one that is not counted."""
-    run()
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    low, median, high = np.percentile(times, [25, 50, 75])
-    return float(median), float(high - low)
 
 
 def deviation(ids: np.ndarray[Any, Any], law: Any) -> float:
@@ -100,23 +84,6 @@ def unique_competitors(num_items: int, num_sampled: int) -> dict[str, Callable[[
             weights, num_sampled, False
         ).numpy()
     return found
-
-
-def machine() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    packages = {}
-    for name in ("numpy", "numba", "tensorflow-cpu", "torch"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    cpu = platform.processor() or platform.machine()
-    for text in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else ():
-        if text.startswith("model name"):
-            cpu = text.partition(":")[2].strip()
-    return {"cpu": cpu, "cpus": os.cpu_count(), "commit": commit, **packages}
 
 
 def main(

@@ -15,26 +15,30 @@ is timed, and figures are medians. Machines differ and are noisy: trust the rati
 """
 
 
-def newest(lines: list[dict]) -> list[dict]:
+def newest(name: str) -> list[dict]:
     """The last line of each case, competitor and number of threads."""
-    found = {(line["case"], line["who"], line["threads"]): line for line in lines}
-    return list(found.values())
+    path = ROOT / "bench" / "results" / f"{name}.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    return list({(line["case"], line["who"], line["threads"]): line for line in lines}.values())
+
+
+def where(line: dict) -> str:
+    """The machine and the versions of a line."""
+    versions = ", ".join(
+        f"{name} {line[name]}"
+        for name in ("numpy", "numba", "tensorflow-cpu", "torch", "jax")
+        if name in line
+    )
+    return f"{line['cpu']}, {line['cpus']} CPUs; {versions}"
 
 
 def sampling() -> str:
-    path = ROOT / "bench" / "results" / "sampling.jsonl"
-    lines = newest([json.loads(text) for text in path.read_text().splitlines()])
-    about = lines[-1]
-    versions = ", ".join(
-        f"{name} {about[name]}"
-        for name in ("numpy", "numba", "tensorflow-cpu", "torch")
-        if name in about
-    )
+    lines = newest("sampling")
     rows = [
         "\n## Sampling\n",
-        f"`bench/sampling.py`, {about['cpu']}, {about['cpus']} CPUs; {versions}. Threads are those "
-        "of zipfneg, which draws unique ids on one; the others use those they choose. zipfneg "
-        "fills a given array, the others make theirs.\n",
+        f"`bench/sampling.py`, {where(lines[-1])}. Threads are those of zipfneg, which draws "
+        "unique ids on one; the others use those they choose. zipfneg fills a given array, the "
+        "others make theirs.\n",
         "| case | | threads of zipfneg | million ids/s | time, relative |",
         "|---|---|---|---|---|",
     ]
@@ -47,5 +51,29 @@ def sampling() -> str:
     return "\n".join(rows) + "\n"
 
 
+def loss() -> str:
+    lines = newest("loss")
+    rows = [
+        "\n## The loss and its gradients\n",
+        f"`bench/loss.py`, {where(lines[-1])}. All may use as many CPUs as there are threads. "
+        "The time is relative within rounds; the share is of NumPy's float32 matrix product in the "
+        "same run, counting three products; memory is beyond the inputs and gradients; the error "
+        "is the largest of the loss and the gradients, relative to float64. linear_cross_entropy "
+        "takes targets among the columns in the place of positives.\n",
+        "| case | threads | | ms | spread | time, relative | share of sgemm | MiB | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        memory = "" if line["extra_bytes"] is None else f"{line['extra_bytes'] / 2**20:.0f}"
+        error = f"{max(line['errors'].values()):.0e}" if line["errors"] else ""
+        rows.append(
+            f"| {line['case']} | {line['threads']} | {line['who']} | {1e3 * line['seconds']:.3g} | "
+            f"{1e3 * line['spread']:.2g} | {line['ratio']:.2f} | {line['share_of_sgemm']:.0%} | "
+            f"{memory} | {error} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
 if __name__ == "__main__":
-    (ROOT / "docs" / "benchmarks.md").write_text(INTRODUCTION + sampling(), encoding="utf-8")
+    text = INTRODUCTION + sampling() + loss()
+    (ROOT / "docs" / "benchmarks.md").write_text(text, encoding="utf-8")

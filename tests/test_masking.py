@@ -14,7 +14,7 @@ def _dropped(false_negatives, num_queries, num_sampled, height):
     """What `drop` writes −inf over, applied to blocks of `height` rows."""
     logits = np.zeros((num_queries, num_sampled))
     for first in range(0, num_queries, height):
-        false_negatives.drop(logits[first : first + height], first)
+        false_negatives(logits[first : first + height], first)
     assert np.isin(logits, [0, -np.inf]).all()
     return logits == -np.inf
 

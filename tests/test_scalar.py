@@ -229,6 +229,27 @@ def test_elementary_functions_to_the_last_places(name, x, units, compiled):
     assert np.finfo(np.longdouble).nmant > 60  # else this compares with float64 itself
 
 
+@njit
+def compiled_exp_float32(x):
+    out = np.empty_like(x)
+    for i in range(x.size):  # which the compiler makes vectors of
+        out[i] = scalar.exp_float32(x[i])
+    return out
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["python", "compiled"])
+def test_exp_in_float32_to_the_last_place(compiled):
+    def function(x):
+        return compiled_exp_float32(x) if compiled else np.array([scalar.exp_float32(v) for v in x])
+
+    x = np.concatenate([everywhere(-87, 0.0), everywhere(-1, 80)]).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    assert (np.abs(function(x) - exact) / np.spacing(exact.astype(np.float32))).max() < 1
+    with np.errstate(invalid="ignore"):
+        edges = function(np.array([0, -0.0, -87.01, -1e30, -np.inf, np.nan], np.float32))
+    np.testing.assert_array_equal(edges, [1, 1, 0, 0, 0, np.nan])
+
+
 def test_log_inclusion_against_its_equation():
     log_p = np.concatenate([-np.logspace(-3, 2.8, 400), [-703.0, -np.inf]]).astype(np.longdouble)
     for time in (1.0, 300.0, 1e15, 1e200):

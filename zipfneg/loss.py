@@ -185,8 +185,9 @@ def sampled_softmax_loss(
     negatives are all dropped has loss 0 and zero gradients, or the positive's term alone in "bce"
     and "gbce"; a batch without rows has loss 0.
     Arithmetic is float32, or float64 where an embedding is float64. Beyond float32 copies of half
-    precision arrays (per-query negatives excepted) and the results, a few megabytes of workspace
-    are used. NaN and infinity of embeddings pass through.
+    precision arrays (per-query negatives excepted) and the results, it uses a workspace of at most
+    64 MiB, whatever B and S. NaN and infinity of embeddings pass through. Results are the same to
+    the last bit for any number of threads.
 
     References
     ----------
@@ -373,7 +374,7 @@ def prepare(
         negative_bias=converted("negatives.bias"),
         positive_log_q=converted("positives.log_q") if "positives" in corrected else None,
         negative_log_q=converted("negatives.log_q") if "negatives" in corrected else None,
-        drop=false_negatives.drop,
+        drop=false_negatives,
         temperature=as_temperature(temperature),
     )
     weight = np.ones(num_queries, dtype)

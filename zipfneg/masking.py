@@ -40,12 +40,13 @@ def csr(name: str, value: Csr, num_rows: int) -> tuple[NDArray, NDArray]:
 
 
 class FalseNegatives(NamedTuple):
-    """Which negatives each row drops, ready to be applied to a block of rows at a time."""
+    """Which negatives each row drops, as the kernels take it: read-only, empty where not given."""
 
-    negative_ids: NDArray | None  # (S,) ascending if shared, else (B, S)
-    order: NDArray | None  # (S,) the columns of the ascending ids; None if per query
-    drop_ids: tuple[tuple[NDArray, NDArray], ...]  # ragged sets, each dropped from its row
-    mask: NDArray | None  # (S,) or (B, S); True drops
+    negative_ids: NDArray  # (1, S) ascending if shared, else (B, S)
+    order: NDArray  # (S,) the columns of the ascending ids; empty if per query
+    indptr: NDArray  # (B + 1,) of the ragged drop_ids, each dropped from its row
+    drop_ids: NDArray
+    mask: NDArray  # (B, S), or (1, S) for all rows; True drops
 
     @classmethod
     def find(
@@ -56,28 +57,35 @@ class FalseNegatives(NamedTuple):
         mask: Array | None,
         num_queries: int,
     ) -> "FalseNegatives":
-        drop_ids: list[tuple[NDArray, NDArray]] = []
-        if negative_ids is not None and positive_ids is not None:
-            drop_ids.append((np.arange(num_queries + 1), positive_ids.astype(np.int64, copy=False)))
+        order = indptr = drop_ids = np.empty(0, np.int64)
         if known_positives is not None:
             if negative_ids is None:
                 raise ValueError("known_positives: needs negatives.ids to compare with, got None")
-            drop_ids.append(csr("known_positives", known_positives, num_queries))
-        order = None
-        if drop_ids and negative_ids is not None:
-            negative_ids = negative_ids.astype(np.int64, copy=False)
-            if negative_ids.ndim == 1:
-                order = np.argsort(negative_ids, kind="stable")
-                negative_ids = negative_ids[order]
-        return cls(negative_ids, order, tuple(drop_ids), mask)
+            indptr, drop_ids = csr("known_positives", known_positives, num_queries)
+        if negative_ids is not None and positive_ids is not None:
+            # Each row's own positive goes before its known ones.
+            known = indptr if indptr.size else np.zeros(num_queries + 1, np.int64)
+            drop_ids = np.insert(drop_ids, known[:-1], positive_ids)
+            indptr = known + np.arange(num_queries + 1)
+        if not indptr.size or negative_ids is None:
+            negative_ids = np.empty((0, 0), np.int64)
+        elif negative_ids.ndim == 1:
+            order = np.argsort(negative_ids, kind="stable")
+            negative_ids = negative_ids[order][None]
+        mask = np.empty((0, 0), np.bool_) if mask is None else np.atleast_2d(mask)
+        arrays = [
+            np.ascontiguousarray(x, x.dtype if x.dtype == np.bool_ else np.int64).view()
+            for x in (negative_ids, order, indptr, drop_ids, mask)
+        ]
+        for x in arrays:
+            x.flags.writeable = False
+        return cls(*arrays)
 
-    def drop(self, logits: NDArray, first_row: int) -> None:
+    def __call__(self, logits: NDArray, first_row: int) -> None:
         """Write −inf over the dropped ones of logits (r, S), rows first_row…first_row + r − 1."""
-        if self.mask is not None:
-            rows = self.mask if self.mask.ndim == 1 else self.mask[first_row:][: len(logits)]
-            np.copyto(logits, -np.inf, where=rows)
-        for indptr, ids in self.drop_ids:
-            if self.order is not None:
-                kernels.drop_shared(logits, first_row, indptr, ids, self.negative_ids, self.order)
-            else:
-                kernels.drop_per_query(logits, first_row, indptr, ids, self.negative_ids)
+        if self.order.size:
+            drops = kernels.first_drops(self, first_row, len(logits), 0)
+            kernels.drop_tile(logits.T, self, first_row, len(logits), 0, drops)
+        else:
+            for row, z in enumerate(logits, first_row):
+                kernels.drop_row(z, self, row)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 
 def num_threads() -> int:
@@ -28,8 +29,8 @@ def _pool(size: int, pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(size, thread_name_prefix="zipfneg")
 
 
-def for_spans(kernel: Callable[[int, int], None], total: int, grain: int) -> None:
-    """Call ``kernel(start, stop)`` on spans that cover ``range(total)``, one span a thread.
+def for_spans(kernel: Callable[..., None], total: int, grain: int, *args: Any) -> None:
+    """Call ``kernel(start, stop, *args)`` on spans that cover ``range(total)``, one span a thread.
 
     Spans start at multiples of `grain` and hold at least `grain`: the smallest work that is worth
     a thread. The division never changes a result, since spans share nothing.
@@ -37,12 +38,12 @@ def for_spans(kernel: Callable[[int, int], None], total: int, grain: int) -> Non
     threads = min(num_threads(), total // grain)
     if threads <= 1:
         if total:
-            kernel(0, total)
+            kernel(0, total, *args)
         return
     width = -(-total // (threads * grain)) * grain
     starts = range(0, total, width)
     pool = _pool(num_threads(), os.getpid())
-    others = [pool.submit(kernel, start, min(start + width, total)) for start in starts[1:]]
-    kernel(0, width)
+    others = [pool.submit(kernel, start, min(start + width, total), *args) for start in starts[1:]]
+    kernel(0, width, *args)
     for other in others:
         other.result()

@@ -17,6 +17,7 @@ from ..scalar import (
     LOW,
     alias_rank,
     f64,
+    i32,
     i64,
     jitable,
     log_uniform_log_prob,
@@ -34,7 +35,6 @@ from ..scalar import log_inclusion as log_inclusion_of
 from . import launch
 from .launch import BLOCK, Kernel, arrays, beside
 
-i32 = np.int32
 # A free slot of a hash table: later than every try.
 FREE = i32(2**31 - 1)
 
