@@ -51,6 +51,17 @@ def test_kernels_know_no_public_module(name):
     assert imports(name)[0] <= KERNELS | {"checks"}
 
 
+def test_cuda_kernels_are_loaded_only_where_they_are_asked_for():
+    for name, path in MODULES.items():
+        if name.startswith("cuda."):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom):
+                names = {f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names}
+                assert not {"cuda.sampling", "cuda.launch"} & names, name
+
+
 def test_the_scalar_source_and_the_reference_stand_alone():
     assert imports("scalar") == (set(), {"numpy", "numba.extending"})
     assert imports("reference") == (set(), {"collections.abc", "typing", "numpy"})
@@ -92,7 +103,9 @@ def test_packages_stay_where_they_belong(name):
     if name == "cpu.product":
         allowed = allowed | {"llvmlite"}  # the compiler that Numba is made of
     if name == "interop":
-        allowed = allowed | {"cupy"}  # imported only once a CUDA array has come
+        allowed = allowed | {"cupy"}  # imported only once CUDA is asked for
+    if name == "cuda.launch":
+        allowed = allowed | {"cupy", "cuda"}  # at the first launch
     packages = {package.split(".")[0] for package in imports(name)[1]}
     assert packages - set(sys.stdlib_module_names) <= allowed
 

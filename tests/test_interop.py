@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from functools import partial
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -22,7 +23,7 @@ from zipfneg import (
     Uniform,
     as_array,
 )
-from zipfneg.interop import Home
+from zipfneg.interop import NUMPY, Home, on_device
 
 DTYPES = [
     np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int32, np.int64, np.bool_,
@@ -468,13 +469,98 @@ def test_out_refused():
         LAW.draw(3, seed=0, out=np.zeros(3))
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "gpu"])
-def test_other_devices_are_refused(device):
-    with pytest.raises(ValueError, match="device: expected one of 'cpu', got '"):
-        LAW.draw(3, seed=0, device=device)
-    for sampler in (_SAMPLER, _MIXTURE, InBatchSampler(LAW)):
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda0", 0])
+def test_unknown_devices_are_refused(device):
+    for call in (partial(LAW.draw, 3, seed=0), _SAMPLER.sample):
+        with pytest.raises(ValueError, match=r"device: expected one of 'cpu', 'cuda', .*, got "):
+            call(device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_what_draws_on_the_cpu_only_says_so(device):
+    for sampler in (_MIXTURE, InBatchSampler(LAW)):
         with pytest.raises(ValueError, match=r"device: expected one of .*'cpu', got '"):
             sampler.sample(np.arange(3), device=device)
+
+
+def test_cuda_without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    for call in (partial(LAW.draw, 3, seed=0), _SAMPLER.sample):
+        with pytest.raises(
+            RuntimeError, match=r"device: 'cuda' takes CuPy: install zipfneg\[cu12\]"
+        ):
+            call(device="cuda")
+
+
+def _cupy_with(num_devices):
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def count():
+        if not num_devices:
+            raise CUDARuntimeError("no CUDA-capable device is detected")
+        return num_devices
+
+    runtime = SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError, getDeviceCount=count, getDevice=lambda: 1
+    )
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime), ndarray=_NoArray)
+
+
+class _NoArray:
+    pass
+
+
+def test_cuda_without_a_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", _cupy_with(0))
+    with pytest.raises(RuntimeError, match=r"device: 'cuda:0' takes an NVIDIA GPU .* no CUDA-cap"):
+        LAW.draw(3, seed=0, device="cuda:0")
+
+
+def test_cuda_devices_by_number(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", _cupy_with(2))
+    assert on_device("cuda") == Home("cupy", "cuda:1")
+    assert on_device("cuda:0") == Home("cupy", "cuda:0")
+    with pytest.raises(ValueError, match="device: 'cuda:2' is not among the 2 of this machine"):
+        LAW.draw(3, seed=0, device="cuda:2")
+    with pytest.raises(
+        TypeError, match=r"positives\.ids: expected one of CuPy or PyTorch on cuda:1"
+    ):
+        _SAMPLER.sample(np.arange(3), device="cuda")
+
+
+def test_work_on_cuda_goes_to_the_stream_of_the_caller(monkeypatch):
+    current = []
+
+    class Context:
+        def __init__(self, *what):
+            self.what = what
+
+        def __enter__(self):
+            current.append(self.what)
+
+        def __exit__(self, *error):
+            current.remove(self.what)
+
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(Device=Context, ExternalStream=Context), ndarray=_NoArray
+    )
+    streams = {"cuda:2": SimpleNamespace(cuda_stream=77)}
+    torch = SimpleNamespace(
+        cuda=SimpleNamespace(current_stream=streams.get), from_dlpack=lambda x: ("torch", x)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    result = _NoArray()
+    with Home("cupy", "cuda:1").current():
+        assert current == [(1,)]
+        assert Home("cupy", "cuda:1").give(result) is result
+    with Home("torch", "cuda:2").current():
+        assert current == [(2,), (77, 2)]
+        assert Home("torch", "cuda:2").give(result) == ("torch", result)
+    for place in (NUMPY, Home("torch", "cpu")):
+        with place.current():
+            assert not current
 
 
 def test_results_go_to_known_frameworks_only():

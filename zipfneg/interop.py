@@ -4,13 +4,15 @@ No framework is imported here: the framework of an array is already loaded, or i
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from .checks import NDArray
+from .cuda import SIMULATED
 
 # An array of NumPy, CuPy, PyTorch, JAX or TensorFlow.
 Array = Any
@@ -95,7 +97,9 @@ def _from_dlpack(x: Any) -> NDArray:
         raise TypeError(
             f"it lives on cuda:{device_id}, which takes CuPy: install zipfneg[cu12] or [cu13]"
         ) from error
-    return cupy.from_dlpack(x)
+    place = home(x, "x") if _framework(x) == "torch" else NUMPY
+    with place.current():
+        return cupy.from_dlpack(x)
 
 
 def _from_torch(x: Any) -> NDArray:
@@ -166,10 +170,47 @@ class Home(NamedTuple):
     def __str__(self) -> str:
         return f"{self.framework} on {self.device}"
 
+    @property
+    def on_cuda(self) -> bool:
+        return str(self.device).startswith("cuda")
+
+    def that_of(self, name: str, x: Array) -> "Home":
+        """Where `x` is, which must be on this device."""
+        if SIMULATED:
+            return self
+        place = home(x, name)
+        if place.framework not in ("cupy", "torch") or str(place.device) != self.device:
+            raise TypeError(
+                f"{name}: expected one of CuPy or PyTorch on {self.device}, got one of {place}; "
+                f"nothing is moved silently: convert it"
+            )
+        return place
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """CuPy's work within goes to this device, on the stream that is the caller's there."""
+        if self.framework not in ("cupy", "torch") or not self.on_cuda:
+            yield
+            return
+        import cupy
+
+        index = int(str(self.device).partition(":")[2])
+        stream: Any = nullcontext()
+        if self.framework == "torch":
+            theirs = sys.modules["torch"].cuda.current_stream(self.device)
+            stream = cupy.cuda.ExternalStream(theirs.cuda_stream, index)
+        with cupy.cuda.Device(index), stream:
+            yield
+
     def give(self, array: NDArray) -> Array:
         """`array`, which nobody changes any more, as one of this framework on this device."""
         if self.framework == "numpy":
             return array
+        if self.on_cuda and not isinstance(array, np.ndarray):  # made within `current`
+            if self.framework == "cupy":
+                return array
+            if self.framework == "torch":
+                return sys.modules["torch"].from_dlpack(array)
         # Frameworks may keep the memory they are given: it must be of no one else. A negative
         # stride aborts the process in torch, whose tensors are also writable whatever NumPy says.
         array = np.require(array, requirements=["C", "W", "O"])
@@ -189,6 +230,35 @@ class Home(NamedTuple):
 
 
 NUMPY = Home("numpy", "cpu")
+
+
+def on_device(device: str) -> Home:
+    """Where results go that are asked for on a device: to NumPy or CuPy."""
+    name, _, index = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if device == "cpu":
+        return NUMPY
+    if name != "cuda" or not (device == "cuda" or index.isdecimal()):
+        raise ValueError(
+            f"device: expected one of 'cpu', 'cuda', 'cuda:0', 'cuda:1', …, got {device!r}"
+        )
+    if SIMULATED:
+        return Home("numpy", device)
+    try:
+        import cupy
+
+        num_devices = cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        raise RuntimeError(
+            f"device: {device!r} takes CuPy: install zipfneg[cu12] or zipfneg[cu13], after your "
+            f"driver"
+        ) from error
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RuntimeError(
+            f"device: {device!r} takes an NVIDIA GPU and its driver: {error}"
+        ) from error
+    if int(index or 0) >= num_devices:
+        raise ValueError(f"device: {device!r} is not among the {num_devices} of this machine")
+    return Home("cupy", f"cuda:{index or cupy.cuda.runtime.getDevice()}")
 
 
 def _narrowed(array: NDArray, x64: bool) -> NDArray:
@@ -222,10 +292,10 @@ def home(x: Array, name: str) -> Home:
     return Home(framework, device)
 
 
-def borrow(arrays: dict[str, Array | None]) -> tuple[Home, dict[str, Any]]:
-    """The common home of the given arrays, and their NumPy views; None stays None.
+def borrow(arrays: dict[str, Array | None], *, cuda: bool = False) -> tuple[Home, dict[str, Any]]:
+    """The common home of the given arrays, and their views; None stays None.
 
-    Keys name the arrays in errors.
+    Keys name the arrays in errors. `cuda`: CuPy's views are welcome, else NumPy's alone.
     """
     common: Home | None = None
     first = ""
@@ -243,7 +313,7 @@ def borrow(arrays: dict[str, Array | None]) -> tuple[Home, dict[str, Any]]:
                 f"{name}: expected an array of {common}, as {first} is, got one of {place}; "
                 f"nothing is moved silently, so convert one of them"
             )
-        if not isinstance(view, np.ndarray):
+        if not isinstance(view, np.ndarray) and not (cuda and place.framework in ("cupy", "torch")):
             raise NotImplementedError(
                 f"{name}: lives on {place}, and this version computes on the CPU only; move the "
                 f"arrays there first"
@@ -252,9 +322,9 @@ def borrow(arrays: dict[str, Array | None]) -> tuple[Home, dict[str, Any]]:
     return common or NUMPY, views
 
 
-def view_of(name: str, x: Any) -> tuple[Any, NDArray]:
+def view_of(name: str, x: Any, *, cuda: bool = False) -> tuple[Any, NDArray]:
     """Numbers and sequences are welcome where nothing is timed."""
     if isinstance(x, int | float | list | tuple | range):
         return NUMPY, np.asarray(x)
-    place, views = borrow({name: x})
+    place, views = borrow({name: x}, cuda=cuda)
     return place, views[name]

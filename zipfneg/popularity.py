@@ -15,7 +15,7 @@ from .checks import NDArray
 from .cpu import sampling as kernels
 from .cpu.sampling import THREAD_GRAIN
 from .cpu.threads import for_spans
-from .interop import Array, as_array, view_of
+from .interop import Array, Home, as_array, on_device, view_of
 from .scalar import HEAD, LOW, philox, u64, uniform_53
 
 # The key of Philox, and the upper half of its counter: seed, step and stream.
@@ -73,7 +73,7 @@ class Law:
 
         Parameters
         ----------
-        ids : integer array of any shape and framework, or a number or sequence.
+        ids : integer array of any shape and framework, on the CPU or CUDA, or a number or sequence.
 
         Returns
         -------
@@ -139,13 +139,14 @@ class Law:
         shape : number of draws, or the shape to fill in C order.
         seed : 0 to 2**64 − 1.
         step, stream : 0 to 2**32 − 1 each: the training step, and for instance the worker's rank.
-        device : "cpu".
-        out : C-contiguous int32 or int64 array of that shape to fill and return, of any framework
-            that lends its memory for writing (NumPy, PyTorch).
+        device : "cpu", "cuda" or, for instance, "cuda:1". On CUDA, `step` may be an integer array
+            of one element there, which is read when the draw is made.
+        out : C-contiguous int32 or int64 array of that shape on that device, to fill and return,
+            of any framework that lends its memory for writing (NumPy, CuPy, PyTorch).
 
         Returns
         -------
-        int64 NumPy array of ids, or `out`.
+        int64 array of ids, NumPy's or on CUDA CuPy's, or `out`.
 
         Examples
         --------
@@ -157,21 +158,45 @@ class Law:
         """
         sizes = (shape,) if np.ndim(shape) == 0 else tuple(shape)  # type: ignore[arg-type]
         sizes = tuple(checks.integer("shape", size, 0, 2**62) for size in sizes)
+        place = on_device(device)
+        if place.on_cuda:
+            return self._draw_on_cuda(place, sizes, seed, step, stream, out)
         words = stream_words(seed, step, stream)
-        checks.one_of("device", device, ("cpu",))
         if out is None:
             target = out = np.empty(sizes, np.int64)
         else:
-            target = as_array(out, "out")
-            checks.shape("out", target, sizes, "shape")
-            if target.dtype not in (np.int32, np.int64):
-                raise TypeError(f"out: expected int32 or int64, got {target.dtype}")
-            if self.first_id + self.num_items - 1 > np.iinfo(target.dtype).max:
-                raise ValueError(f"out: {target.dtype} does not hold this law's ids; use int64")
-            if not (target.flags.c_contiguous and target.flags.writeable):
-                raise ValueError("out: expected writable, C-contiguous memory")
+            target = self._target(out, sizes)
         self._fill(target.reshape(-1), words)
         return out
+
+    def _draw_on_cuda(
+        self, place: Home, sizes: tuple[int, ...], seed: int, step: Any, stream: int, out: Array
+    ) -> Array:
+        from .cuda import sampling as cuda
+
+        if out is not None:
+            place = place.that_of("out", out)
+        with place.current():
+            words = words_on_cuda(place, seed, step, stream)
+            if out is None:
+                target = out = cuda.arrays().empty(sizes, np.int64)
+            else:
+                target = self._target(out, sizes)
+            cuda.fill(self, target.reshape(-1), words)
+        return out
+
+    def _target(self, out: Array, sizes: tuple[int, ...]) -> NDArray:
+        """A view of `out`, which the draws can be written to."""
+        target = as_array(out, "out")
+        checks.shape("out", target, sizes, "shape")
+        if target.dtype not in (np.int32, np.int64):
+            raise TypeError(f"out: expected int32 or int64, got {target.dtype}")
+        if self.first_id + self.num_items - 1 > np.iinfo(target.dtype).max:
+            raise ValueError(f"out: {target.dtype} does not hold this law's ids; use int64")
+        # CuPy's arrays are always writable, and do not say so.
+        if not (target.flags.c_contiguous and getattr(target.flags, "writeable", True)):
+            raise ValueError("out: expected writable, C-contiguous memory")
+        return target
 
     def _fill(self, out: NDArray, words: Words) -> None:
         """Draws 0 to out.size − 1 into the flat `out`."""
@@ -184,7 +209,14 @@ class Law:
 
     def _for_ids(self, kernel_name: str, ids: Array, *arguments: float) -> Array:
         """What one of the law's kernels gives for each id, in float64."""
-        place, view = self._integers(ids)
+        place, view = view_of("ids", ids, cuda=True)
+        if place.on_cuda:
+            from .cuda import sampling as cuda
+
+            checks.integral("ids", view)
+            with place.current():
+                return place.give(cuda.for_ids(self, kernel_name, view, *arguments))
+        _, view = self._integers(view)
         kernel = getattr(self._kernel, kernel_name)
         law = (*arguments, self.first_id, self.num_items, *self._log_prob_parameters())
         out = np.empty(view.shape)
@@ -247,6 +279,20 @@ def stream_words(seed: int, step: int, stream: int) -> Words:
     step = checks.integer("step", step, 0, 2**32 - 1)
     stream = checks.integer("stream", stream, 0, 2**32 - 1)
     return u64(seed & 0xFFFFFFFF), u64(seed >> 32), u64(step), u64(stream)
+
+
+def words_on_cuda(place: Home, seed: int, step: Any, stream: int) -> tuple[Any, ...]:
+    """The same for CUDA's kernels, which read the step themselves where it is device data."""
+    from .cuda import sampling as cuda
+
+    if isinstance(step, int | float | np.generic):
+        return cuda.device_words(stream_words(seed, step, stream))  # type: ignore[arg-type]
+    view = as_array(step, "step")
+    place.that_of("step", step)
+    checks.integral("step", view)
+    if view.size != 1:
+        raise ValueError(f"step: expected one number, got shape {view.shape}")
+    return cuda.device_words(stream_words(seed, 0, stream), view)
 
 
 def uniforms(size: int, words: Words, *, row: int = 0) -> NDArray:

@@ -12,8 +12,8 @@ from .candidates import Candidates
 from .checks import NDArray
 from .cpu import sampling as kernels
 from .cpu.threads import for_spans
-from .interop import NUMPY, Array, Home, as_array, borrow, view_of
-from .popularity import Empirical, Law, Words, poisson, stream_words, uniforms
+from .interop import NUMPY, Array, Home, as_array, borrow, on_device, view_of
+from .popularity import Empirical, Law, Words, poisson, stream_words, uniforms, words_on_cuda
 
 
 class Draw(NamedTuple):
@@ -25,21 +25,28 @@ class Draw(NamedTuple):
 
     positives: Candidates | None
     negatives: Candidates
-    num_tries: int
+    num_tries: Any  # an int; of unique draws on CUDA an array () there
 
 
 def given_positives(
-    positives: Candidates | Array | None, device: str | None
+    positives: Candidates | Array | None, device: str | None, *, cuda: bool = False
 ) -> tuple[Home, Candidates | None, NDArray | None]:
-    """The positives as Candidates, a view of their ids, and where results go."""
-    checks.one_of("device", device, (None, "cpu"))  # type: ignore[arg-type]
+    """The positives as Candidates, a view of their ids, and where results go.
+
+    `cuda`: the caller draws there, too.
+    """
+    if not cuda:
+        checks.one_of("device", device, (None, "cpu"))  # type: ignore[arg-type]
+    asked = NUMPY if device is None else on_device(device)
     if positives is None:
-        return NUMPY, None, None
+        return asked, None, None
     if not isinstance(positives, Candidates):
         positives = Candidates(ids=positives)
     if positives.ids is None:
         raise ValueError("positives.ids: expected an array (B,), got None")
-    place, views = borrow({"positives.ids": positives.ids})
+    place, views = borrow({"positives.ids": positives.ids}, cuda=cuda and device != "cpu")
+    if asked.on_cuda:
+        place = asked.that_of("positives.ids", positives.ids)
     ids = views["positives.ids"]
     checks.integral("positives.ids", ids)
     if ids.ndim != 1:
@@ -133,13 +140,19 @@ class PopularitySampler:
         positives : ids (B,) or `Candidates` with ids, to receive their log q: −inf for ids that
             the law cannot draw, which the loss refuses. Their framework is that of the result;
             NumPy if None.
-        step : training step, 0 to 2**32 − 1.
-        device : None (where the positives are) or "cpu".
+        step : training step, 0 to 2**32 − 1; on CUDA also an integer array of one element there,
+            which is read when the draw is made.
+        device : None (where the positives are), "cpu", "cuda" or, for instance, "cuda:1". Without
+            positives, results on CUDA are CuPy's.
         stream : for instance the worker's rank, 0 to 2**32 − 1.
         exclude : ids not to draw in this step, for instance the batch's positives. A positive that
             is excluded has log q 0: it stands among its query's candidates once, for certain.
         """
-        place, positives, positive_ids = given_positives(positives, device)
+        place, positives, positive_ids = given_positives(positives, device, cuda=True)
+        if place.on_cuda:
+            if exclude is not None:
+                raise NotImplementedError("exclude: expected None on CUDA in this version")
+            return self._sample_on_cuda(place, positives, positive_ids, step, stream)
         words = stream_words(self.seed, step, stream)
         excluded, time = self._conditions(exclude)
         if self.per_query:
@@ -163,6 +176,30 @@ class PopularitySampler:
             if excluded.size:
                 of_positives = np.where(np.isin(positive_ids, excluded), 0.0, of_positives)
             positives = positives._replace(log_q=place.give(of_positives))
+        return Draw(positives, negatives, num_tries)
+
+    def _sample_on_cuda(
+        self,
+        place: Home,
+        positives: Candidates | None,
+        positive_ids: NDArray | None,
+        step: Any,
+        stream: int,
+    ) -> Draw:
+        from .cuda import sampling as cuda
+
+        if self.exclude or self.per_query or self.by_tries or self.unique == "poisson":
+            raise NotImplementedError(
+                'exclude, per_query, by_tries and unique="poisson" are for the CPU in this version'
+            )
+        with place.current():
+            words = words_on_cuda(place, self.seed, step, stream)
+            sample = cuda.sample_unique if self.unique else cuda.sample_repeated
+            draw = sample(self, self.law, self.num_sampled, self._time, words, positive_ids)
+            negatives = Candidates(ids=place.give(draw.ids), log_q=place.give(draw.log_q))
+            num_tries = place.give(draw.num_tries) if self.unique else self.num_sampled
+            if positives is not None:
+                positives = positives._replace(log_q=place.give(draw.positive_log_q))
         return Draw(positives, negatives, num_tries)
 
     def log_q(
@@ -337,7 +374,9 @@ def merge_repeats(negatives: Candidates) -> Candidates:
 
     Returns
     -------
-    `Candidates` of the distinct ids, ascending.
+    `Candidates` of the distinct ids, ascending. On CUDA, where nothing waits to know their number,
+    in the order of their first copies and padded to (S,): what is left repeats the first column
+    with log q +inf, so its logit is −inf, and it adds nothing to a softmax or to a gradient.
 
     Examples
     --------
@@ -346,7 +385,7 @@ def merge_repeats(negatives: Candidates) -> Candidates:
     >>> merged.ids, np.exp(-merged.log_q).round(6)
     (array([2, 7]), array([1., 2.]))
     """
-    place, given = borrow({f"negatives.{k}": x for k, x in negatives._asdict().items()})
+    place, given = borrow({f"negatives.{k}": x for k, x in negatives._asdict().items()}, cuda=True)
     ids, log_q = given["negatives.ids"], given["negatives.log_q"]
     if ids is None or log_q is None or ids.ndim != 1:
         raise ValueError(
@@ -358,18 +397,25 @@ def merge_repeats(negatives: Candidates) -> Candidates:
     for name, x in given.items():
         if x is not None:
             checks.shape(name, x[..., 0] if x.ndim > 1 else x, ids.shape, "(S,) as negatives.ids")
-    distinct, first, copies = np.unique(ids, return_index=True, return_counts=True)
+    with place.current(), np.errstate(divide="ignore"):
+        if place.on_cuda:
+            from .cuda import sampling as cuda
 
-    def kept(name: str) -> Array:
-        x = given[f"negatives.{name}"]
-        return None if x is None else place.give(x[first])
+            distinct, first, copies, _ = cuda.merge_repeats(ids)
+            distinct = distinct.astype(ids.dtype, copy=False)
+        else:
+            distinct, first, copies = np.unique(ids, return_index=True, return_counts=True)
 
-    return Candidates(
-        ids=place.give(distinct),
-        embeddings=kept("embeddings"),
-        log_q=place.give((log_q[first] - np.log(copies)).astype(log_q.dtype)),
-        bias=kept("bias"),
-    )
+        def kept(name: str) -> Array:
+            x = given[f"negatives.{name}"]
+            return None if x is None else place.give(x[first])
+
+        return Candidates(
+            ids=place.give(distinct),
+            embeddings=kept("embeddings"),
+            log_q=place.give((log_q[first] - np.log(copies)).astype(log_q.dtype)),
+            bias=kept("bias"),
+        )
 
 
 def as_popularity(x: Any) -> Any:
