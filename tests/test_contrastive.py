@@ -22,6 +22,7 @@ from zipfneg import (
     scores,
     top_k,
 )
+from zipfneg.contrastive import places
 
 N, B, D = 30, 9, 4
 LAW = LogUniform(N - 1, first_id=1)
@@ -462,3 +463,69 @@ def test_errors_of_a_call(samplers, changes, error, text):
     arguments = {"queries": QUERIES, "positive_ids": IDS} | changes
     with pytest.raises(error, match=text):
         ContrastiveOutput(samplers)(**arguments)
+
+
+# Repeats, and each query's own
+
+
+@pytest.mark.parametrize("hits", [False, True])
+@pytest.mark.parametrize("correction", ["both", "negatives", "none"])
+def test_merged_repeats_change_nothing(hits, correction):
+    rng = np.random.default_rng(3)
+    u, table, bias = rng.normal(size=(9, 4)), rng.normal(size=(60, 4)), rng.normal(size=60)
+    ids = rng.integers(1, 60, 9)
+    law = LogUniform(59, first_id=1)
+    sampler = MixtureSampler([PopularitySampler(law, 80, unique=False), InBatchSampler(law)])
+    options = {"correction": correction, "mask_accidental_hits": hits, "temperature": 0.8}
+    items = Candidates(embeddings=table, bias=bias)
+    # Metrics count copies, so with them nothing is merged.
+    whole = ContrastiveOutput(sampler, **options)(u, ids, items=items, step=1)
+    merged = ContrastiveOutput(sampler, **options, top_ks=())(u, ids, items=items, step=1)
+    assert merged.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert merged.grads.queries == pytest.approx(whole.grads.queries, rel=1e-10)
+    assert (merged.grads.items.ids == whole.grads.items.ids).all()
+    assert merged.grads.items.rows == pytest.approx(whole.grads.items.rows, rel=1e-10, abs=1e-14)
+    assert merged.grads.items.bias == pytest.approx(whole.grads.items.bias, rel=1e-10, abs=1e-14)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "bpr"])
+@pytest.mark.parametrize("top_ks", [(), (5,)])
+@pytest.mark.parametrize("hits", [False, True])
+def test_each_querys_own_negatives_of_a_table(loss, top_ks, hits):
+    rng = np.random.default_rng(4)
+    u, table, bias = rng.normal(size=(6, 4)), rng.normal(size=(40, 4)), rng.normal(size=40)
+    ids = rng.integers(0, 40, 6)
+    sampler = PopularitySampler(LogUniform(40), 15, per_query=True)
+    head = ContrastiveOutput(
+        sampler, loss=loss, top_ks=top_ks, mask_accidental_hits=hits, store_negative_ids=True
+    )
+    out = head(u, ids, items=Candidates(embeddings=table, bias=bias), step=3)
+    draw = sampler.sample(ids, step=3)
+    assert (out.negative_ids == draw.negatives.ids).all()
+    own = draw.negatives.ids
+    value, grads = sampled_softmax_value_and_grad(
+        u,
+        Candidates(ids if hits else None, table[ids], draw.positives.log_q, bias[ids]),
+        Candidates(own if hits else None, table[own], draw.negatives.log_q, bias[own]),
+        loss=loss,
+    )
+    d_table, d_bias = np.zeros_like(table), np.zeros_like(bias)
+    np.add.at(d_table, ids, grads.positives.embeddings)
+    np.add.at(d_table, own, grads.negatives.embeddings)
+    np.add.at(d_bias, ids, grads.positives.bias)
+    np.add.at(d_bias, own, grads.negatives.bias)
+    assert out.loss == pytest.approx(value, rel=1e-12)
+    assert out.grads.queries == pytest.approx(grads.queries, rel=1e-10)
+    touched = np.unique(np.concatenate([ids, own.ravel()]))
+    assert (out.grads.items.ids == touched).all()
+    assert out.grads.items.rows == pytest.approx(d_table[touched], rel=1e-9, abs=1e-14)
+    assert out.grads.items.bias == pytest.approx(d_bias[touched], rel=1e-9, abs=1e-14)
+    assert bool(out.metrics) == bool(top_ks)
+
+
+@pytest.mark.parametrize("num_items", [10, 10_000])
+def test_places_of_ids(num_items):
+    ids = np.array([7, 3, 7, 0, 9])
+    distinct, place = places(ids, num_items)
+    assert distinct.tolist() == [0, 3, 7, 9]
+    assert place.tolist() == [2, 1, 2, 0, 3]

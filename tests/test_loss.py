@@ -898,3 +898,61 @@ def test_forward_and_backward_are_as_accurate_as_one_pass(scale):
     for of in (lambda g: g.queries, lambda g: getattr(g.negatives, "embeddings", g.negatives)):
         error = np.abs(of(whole) - of(expected)).max()
         assert np.abs(of(pair) - of(expected)).max() <= 1.01 * error
+
+
+# Each query's own negatives, as rows of a table
+
+
+@pytest.mark.parametrize("loss", ["softmax", "bpr", "bce"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("size", "num_sampled", "dim", "num_items"),
+    [(1, 1, 1, 1), (7, 13, 5, 9), (3, 70, 33, 200), (5, 0, 4, 3)],
+)
+def test_rows_of_a_table_equal_what_they_hold(size, num_sampled, dim, num_items, dtype, loss):
+    rng = np.random.default_rng([size, dim])
+    u, p = rng.normal(size=(2, size, dim)).astype(dtype)
+    table = rng.normal(size=(num_items, dim)).astype(dtype)
+    ids = rng.integers(0, num_items, (size, num_sampled))
+    log_q, bias = rng.normal(size=(2, size, num_sampled)).astype(dtype)
+    positives = Candidates(rng.integers(0, num_items, size), p, log_q=rng.normal(size=size))
+    options = {"temperature": 0.9, "loss": loss, "sample_weight": rng.uniform(0, 2, size)}
+    value, grads = sampled_softmax_value_and_grad(
+        u, positives, Candidates(ids, table, log_q, bias), **options
+    )
+    expected, whole = sampled_softmax_value_and_grad(
+        u, positives, Candidates(ids, table[ids], log_q, bias), **options
+    )
+    d_table = np.zeros((num_items, dim))
+    np.add.at(d_table, ids, whole.negatives.embeddings.astype(np.float64))
+    close = {np.float16: 2e-2, np.float32: 1e-5, np.float64: 1e-12}[dtype]
+    assert value == pytest.approx(expected, rel=close)
+    assert grads.queries == pytest.approx(whole.queries, rel=close, abs=close)
+    assert grads.negatives.bias == pytest.approx(whole.negatives.bias, rel=close, abs=close)
+    assert grads.negatives.embeddings.shape == table.shape
+    assert grads.negatives.embeddings.dtype == dtype
+    assert grads.negatives.embeddings == pytest.approx(d_table, rel=close, abs=close)
+    assert grads.temperature == pytest.approx(whole.temperature, rel=close, abs=close)
+
+
+def test_rows_of_a_table_do_not_depend_on_threads(monkeypatch):
+    rng = np.random.default_rng(1)
+    u, p = rng.normal(size=(2, 40, 9)).astype(np.float32)
+    table, ids = rng.normal(size=(50, 9)).astype(np.float32), rng.integers(0, 50, (40, 21))
+    found = []
+    for threads in ("1", "2", "5"):
+        monkeypatch.setenv("ZIPFNEG_NUM_THREADS", threads)
+        _, grads = sampled_softmax_value_and_grad(u, p, Candidates(ids, table))
+        found.append(grads.negatives.embeddings.tobytes() + grads.queries.tobytes())
+    assert found[0] == found[1] == found[2]
+
+
+def test_rows_outside_the_table():
+    u = np.ones((2, 3))
+    for ids in ([[0, 1], [2, 4]], [[0, 1], [-1, 2]]):
+        with pytest.raises(
+            ValueError, match=r"negatives.ids: expected rows of the table .* 0 to 3"
+        ):
+            sampled_softmax_value_and_grad(u, u, Candidates(np.array(ids), np.ones((4, 3))))
+    with pytest.raises(ValueError, match=r"negatives.ids: expected shape \(B, S\)"):
+        sampled_softmax_value_and_grad(u, u, Candidates(np.zeros((3, 2), int), np.ones((4, 3))))

@@ -873,6 +873,14 @@ def test_merged_repeats_give_the_same_loss_and_gradients(hits):
     assert sampled_softmax_value_and_grad(u, positives, wrong)[0] != pytest.approx(loss, rel=1e-3)
 
 
+def test_copies_with_log_q_of_their_own_are_taken_together():
+    log_q = np.array([0.5, -1.0, 2.0, -np.inf, -np.inf])
+    merged = merge_repeats(Candidates(np.array([4, 2, 4, 9, 9]), log_q=log_q))
+    expected = [-1.0, -np.log(np.exp(-0.5) + np.exp(-2.0)), -np.inf]
+    assert merged.ids.tolist() == [2, 4, 9]
+    assert merged.log_q == pytest.approx(expected, rel=1e-14)
+
+
 def test_what_cannot_be_merged():
     with pytest.raises(ValueError, match=r"negatives: expected ids and log_q of shape \(S,\), got"):
         merge_repeats(Candidates(np.array([1, 1])))

@@ -365,12 +365,14 @@ def merge_repeats(negatives: Candidates) -> Candidates:
 
     A candidate that stands m times adds m·e^(a − log q) to the sum of the softmax; once, with
     log q − log m, it adds the same: same loss and gradients, for as many columns as there are
-    distinct ids. 8,192 draws from the log-uniform law over a million ids hold about 4,650.
+    distinct ids. 8,192 draws from the log-uniform law over a million ids hold about 4,650. Copies
+    whose log q differ are taken together just so: log q = −log Σ_copies 1/q.
 
     Parameters
     ----------
-    negatives : ids (S,) and log_q (S,), as from `PopularitySampler(unique=False)`. log_q, and
-        embeddings and bias where given, must be equal for equal ids: those of one copy stay.
+    negatives : ids (S,) and log_q (S,), as from `PopularitySampler(unique=False)`. Embeddings and
+        bias, where given, must be equal for equal ids: those of one copy stay. So must log_q be on
+        CUDA.
 
     Returns
     -------
@@ -397,14 +399,18 @@ def merge_repeats(negatives: Candidates) -> Candidates:
     for name, x in given.items():
         if x is not None:
             checks.shape(name, x[..., 0] if x.ndim > 1 else x, ids.shape, "(S,) as negatives.ids")
-    with place.current(), np.errstate(divide="ignore"):
+    with place.current(), np.errstate(divide="ignore", invalid="ignore"):
         if place.on_cuda:
             from .cuda import sampling as cuda
 
             distinct, first, copies, _ = cuda.merge_repeats(ids)
             distinct = distinct.astype(ids.dtype, copy=False)
         else:
-            distinct, first, copies = np.unique(ids, return_index=True, return_counts=True)
+            distinct, first, place_of = np.unique(ids, return_index=True, return_inverse=True)
+            of_first = log_q[first][place_of]
+            weight = np.ones(ids.shape)  # of a copy, beside the first
+            np.exp(of_first - log_q, out=weight, where=of_first != log_q)
+            copies = np.bincount(place_of, weight, len(distinct))
 
         def kept(name: str) -> Array:
             x = given[f"negatives.{name}"]
