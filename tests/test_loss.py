@@ -18,6 +18,7 @@ from zipfneg import (
     PopularitySampler,
     reference,
     sampled_softmax_backward,
+    sampled_softmax_diagnostics,
     sampled_softmax_forward,
     sampled_softmax_loss,
     sampled_softmax_value_and_grad,
@@ -956,3 +957,44 @@ def test_rows_outside_the_table():
             sampled_softmax_value_and_grad(u, u, Candidates(np.array(ids), np.ones((4, 3))))
     with pytest.raises(ValueError, match=r"negatives.ids: expected shape \(B, S\)"):
         sampled_softmax_value_and_grad(u, u, Candidates(np.zeros((3, 2), int), np.ones((4, 3))))
+
+
+# Diagnostics
+
+
+@pytest.mark.parametrize("per_query", [False, True])
+@pytest.mark.parametrize(("size", "num_sampled"), [(1, 1), (5, 0), (7, 13), (130, 500)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_diagnostics_by_their_equations(size, num_sampled, per_query, dtype):
+    rng = np.random.default_rng([size, num_sampled])
+    u, p = rng.normal(size=(2, size, 6)).astype(dtype)
+    columns = (size, num_sampled) if per_query else (num_sampled,)
+    v = rng.normal(size=(*columns, 6)).astype(dtype)
+    log_q, bias = rng.normal(size=(2, *columns)).astype(dtype)
+    log_q_0, mask = rng.normal(size=size).astype(dtype), rng.random((size, num_sampled)) < 0.3
+    options = {"mask": mask, "temperature": 0.5}
+    arguments = (u, Candidates(None, p, log_q_0), Candidates(None, v, log_q, bias))
+    loss, grads, found = sampled_softmax_diagnostics(*arguments, **options)
+    a = np.einsum("bd,...sd->bs" if not per_query else "bd,bsd->bs", u, v).astype(np.float64)
+    a = np.where(mask, -np.inf, (a + bias) / 0.5)
+    a_0 = np.einsum("bd,bd->b", u, p).astype(np.float64) / 0.5
+    w, w_0 = np.exp(a - log_q), np.exp(a_0 - log_q_0)
+    close = {"rel": 1e-4 if dtype == np.float32 else 1e-11}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        assert found.log_normalizer == pytest.approx(np.log(w.sum(axis=1)), **close, abs=1e-5)
+        size_of = np.nan_to_num(w.sum(axis=1) ** 2 / (w**2).sum(axis=1))
+    assert found.positive_prob == pytest.approx(w_0 / (w_0 + w.sum(axis=1)), **close)
+    assert found.effective_size == pytest.approx(size_of, **close)
+    assert found.num_better.tolist() == (a > a_0[:, None]).sum(axis=1).tolist()
+    assert found.num_dropped.tolist() == mask.sum(axis=1).tolist()
+    assert (found.num_tied == 0).all()
+    same_loss, same = sampled_softmax_value_and_grad(*arguments, **options)
+    assert loss == same_loss
+    assert (grads.queries == same.queries).all()
+    assert found.effective_size.dtype == dtype
+
+
+def test_diagnostics_are_the_softmaxs():
+    u = np.ones((2, 3))
+    with pytest.raises(ValueError, match='loss: expected "softmax" for diagnostics'):
+        sampled_softmax_diagnostics(u, u, u, loss="bpr")

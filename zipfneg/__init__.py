@@ -7,8 +7,10 @@ from .contrastive import Contrastive, ContrastiveGrads, ContrastiveOutput, RowGr
 from .interop import as_array
 from .logq import FrequencyEstimator
 from .loss import (
+    Diagnostics,
     Grads,
     sampled_softmax_backward,
+    sampled_softmax_diagnostics,
     sampled_softmax_forward,
     sampled_softmax_loss,
     sampled_softmax_value_and_grad,
@@ -38,6 +40,7 @@ __all__ = [
     "Contrastive",
     "ContrastiveGrads",
     "ContrastiveOutput",
+    "Diagnostics",
     "Draw",
     "Empirical",
     "FrequencyEstimator",
@@ -62,6 +65,7 @@ __all__ = [
     "merge_repeats",
     "rank",
     "sampled_softmax_backward",
+    "sampled_softmax_diagnostics",
     "sampled_softmax_forward",
     "sampled_softmax_loss",
     "sampled_softmax_value_and_grad",

@@ -69,6 +69,24 @@ class Grads(NamedTuple):
     temperature: Array
 
 
+class Diagnostics(NamedTuple):
+    """What a softmax tells of each query, (B,) each.
+
+    log_normalizer : logsumexp_j z_j over the negatives that are kept; −inf where there is none.
+    positive_prob : the positive's share, e^(z_0) of all candidates.
+    num_better, num_tied : kept negatives that score above the positive, before log q, or the same.
+    effective_size : (Σ w)²/Σ w² of the negatives' weights w = e^z: as many weigh as this.
+    num_dropped : negatives that were dropped.
+    """
+
+    log_normalizer: Array
+    positive_prob: Array
+    num_better: Array
+    num_tied: Array
+    effective_size: Array
+    num_dropped: Array
+
+
 class Prepared(NamedTuple):
     """A checked call: what to compute, and how its results go back."""
 
@@ -266,6 +284,45 @@ def sampled_softmax_value_and_grad(
     prepared = prepare(queries, positives, negatives, **options)
     result, gradients = prepared.engine.value_and_gradients(prepared.problem, prepared.weight)
     return prepared.loss(result), prepared.grads(gradients)
+
+
+def sampled_softmax_diagnostics(
+    queries: Array,
+    positives: Candidates | Array,
+    negatives: Candidates | Array,
+    **options: Unpack[Options],
+) -> tuple[Array, Grads, Diagnostics]:
+    """`sampled_softmax_value_and_grad`, and in the same pass what it tells of each query.
+
+    A small effective size says that few negatives carry the gradient: the temperature is low, or
+    the log q wrong. Many dropped negatives say that positives are frequent among them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from zipfneg import sampled_softmax_diagnostics
+    >>> _, _, found = sampled_softmax_diagnostics(np.eye(3), np.eye(3), np.zeros((4, 3)))
+    >>> found.positive_prob.round(4), found.effective_size
+    (array([0.4046, 0.4046, 0.4046]), array([4., 4., 4.]))
+    """
+    prepared = prepare(queries, positives, negatives, **options)
+    if prepared.engine is not softmax:
+        raise ValueError(f'loss: expected "softmax" for diagnostics, got {options["loss"]!r}')
+    found, gradients = softmax.value_and_gradients(prepared.scores, prepared.weight, ranks=True)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        columns = Diagnostics(
+            log_normalizer=found.shift + np.log(found.total),
+            positive_prob=1 / (1 + np.exp(found.excess)),
+            num_better=found.num_better,
+            num_tied=found.num_tied,
+            effective_size=np.where(found.total > 0, found.total**2 / found.squares, 0.0).astype(
+                found.total.dtype
+            ),
+            num_dropped=found.num_dropped,
+        )
+    place = prepared.place
+    told = Diagnostics(*(place.give(x) for x in columns))
+    return prepared.loss(found), prepared.grads(gradients), told
 
 
 def sampled_softmax_forward(

@@ -70,8 +70,11 @@ class Pass(NamedTuple):
     shift: NDArray  # (B,)
     total: NDArray  # (B,); 0 where no negative is left
     excess: NDArray  # (B,) D = logsumexp_j z_j − z_0, so that L = softplus(D)
-    num_better: NDArray  # (B,) negatives that score above the positive, if asked for
+    # If ranks are asked for:
+    num_better: NDArray  # (B,) negatives that score above the positive
     num_tied: NDArray  # (B,) negatives that score the same
+    num_dropped: NDArray  # (B,) negatives that are dropped, or score −inf
+    squares: NDArray  # (B,) Σ_j e^(2·(z_j − shift))
 
     @property
     def loss(self) -> NDArray:
@@ -194,9 +197,10 @@ def _offsets(offset, given, column, row):
 
 @kernel
 def _count(z, given, rows, row, column, scores):
-    """Better and tied negatives of each row, by the uncorrected score."""
+    """Better, tied and dropped negatives of each row, by the uncorrected score."""
     better = np.zeros(scores.size, np.int32)
     worse = np.zeros(scores.size, np.int32)
+    dropped = np.zeros(scores.size, np.int32)
     for j in range(z.shape[0]):
         bias = z.dtype.type(0)
         if given.negative_bias.size:
@@ -205,9 +209,11 @@ def _count(z, given, rows, row, column, scores):
             a, tolerance = z[j, i] + bias, given.tolerance[row + i]
             better[i] += not a <= scores[i] + tolerance  # NaN too: a broken model is not good
             worse[i] += a < scores[i] - tolerance
+            dropped[i] += a == -np.inf
     for i in range(scores.size):
         rows.result.num_better[row + i] += better[i]
         rows.result.num_tied[row + i] += z.shape[0] - better[i] - worse[i]
+        rows.result.num_dropped[row + i] += dropped[i]
 
 
 @kernel
@@ -220,6 +226,7 @@ def _count_row(z, given, rows, row, score):
             a += z.dtype.type(given.negative_bias[row, j] / given.temperature)
         rows.result.num_better[row] += not a <= score + tolerance
         rows.result.num_tied[row] += score - tolerance <= a and a <= score + tolerance
+        rows.result.num_dropped[row] += a == -np.inf
 
 
 @kernel
@@ -244,6 +251,13 @@ def _exponentiate(z, offset, shift, total):
                 sums[i] += e
         for i in range(shift.size):
             total[i] += sums[i]
+
+
+@kernel
+def _add_squares(e, squares):
+    for j in range(e.shape[0]):
+        for i in range(squares.size):
+            squares[i] += e[j, i] * e[j, i]
 
 
 @kernel
@@ -278,6 +292,7 @@ def _fill(start, stop, given, negatives, rows, block, shifts, first_row, columns
             if first_column:
                 d_queries[:n, :dim] = rows.d_queries[row : row + n]
         scores = np.empty(given.tolerance[row : row + n].size, block.dtype)
+        squares = np.zeros(scores.size)
         for i in range(scores.size):
             scores[i] = _positive_score(given, row + i)
         drops = first_drops(given.drop, row, n, first_column)
@@ -305,17 +320,21 @@ def _fill(start, stop, given, negatives, rows, block, shifts, first_row, columns
                     if shift[i] > before[i]:
                         factor = _exp(before[i] - shift[i])
                         total[i] *= factor
+                        if scores.size:
+                            squares[i] *= np.float64(factor) * factor
                         if gradients:
                             d_queries[i] *= factor
             for i in range(n):
                 finite[i] = shift[i] if shift[i] > -np.inf else 0
             _exponentiate(z, offset, finite, total)
+            _add_squares(z, squares)
             if gradients:
                 shifts[piece, number, :n] = shift
                 product(
                     tiles, e_0, 1, PITCH, v, v_0, pitch, d_queries, 0, padded, (n, dim, c), True
                 )
 
+        rows.result.squares[row : row + scores.size] += squares
         for i in range(n):
             if known:
                 top, sum_ = rows.result.shift[row + i], np.float64(rows.result.total[row + i])
@@ -388,6 +407,9 @@ def _own(given, v, rows, row, known, d_negatives, d_bias):
         z[j] = _exp(z[j] - shift)
     for j in range(num_sampled):
         total += z[j]
+    if given.tolerance.size:
+        for j in range(num_sampled):
+            rows.result.squares[row] += np.float64(z[j]) * z[j]
     total = np.float64(rows.result.total[row]) if known else total
     _finish_row(given, rows, row, shift, total, known)
     if not rows.weight.size:
@@ -469,11 +491,11 @@ def _run(
     def empty(*shape: int) -> NDArray:
         return np.empty(shape, dtype)
 
-    counts = np.zeros((2, num_queries), np.int64)
+    counts = *np.zeros((3, num_queries), np.int64), np.zeros(num_queries)
     if known is None:
         result = Pass(empty(num_queries), empty(num_queries), empty(num_queries), *counts)
     else:
-        result = known._replace(num_better=counts[0], num_tied=counts[1]) if ranks else known
+        result = Pass(*known[:3], *counts) if ranks else known
     num_weighed = 0 if d_loss is None else num_queries
     rows = Rows(
         result,
