@@ -8,11 +8,11 @@ import numpy as np
 from . import checks
 from .candidates import Candidates, as_candidates, as_temperature
 from .checks import NDArray
-from .cpu.ranks import count, tie_tolerance
+from .cpu import softmax
 from .cpu.rows import add_rows
 from .interop import Array, Home, as_array, borrow
 from .loss import prepare
-from .masking import Csr, csr
+from .masking import Csr, FalseNegatives, csr
 
 # A block of scores: 512 × 2048 float32 take 4 MiB.
 BLOCK_ROWS, BLOCK_COLUMNS = 512, 2048
@@ -54,6 +54,23 @@ class _Catalog(NamedTuple):
         if self.bias is not None:
             score += self.bias[targets]
         return score / score.dtype.type(self.temperature)
+
+    def problem(self, targets: NDArray | None = None) -> softmax.Problem:
+        """The targets, if any, among all other items that are not excluded."""
+        first = self.first_id
+        ids = np.arange(first, len(self.items))
+        bias = self.bias
+        return softmax.Problem(
+            queries=self.queries,
+            positives=self.queries if targets is None else self.items[targets],
+            negatives=self.items[first:],
+            positive_bias=None if bias is None or targets is None else bias[targets],
+            negative_bias=None if bias is None else bias[first:],
+            positive_log_q=None,
+            negative_log_q=None,
+            drop=FalseNegatives.find(ids, targets, self.excluded, None, len(self.queries)),
+            temperature=self.temperature,
+        )
 
     def columns(self) -> Iterator[slice]:
         for start in range(self.first_id, len(self.items), BLOCK_COLUMNS):
@@ -241,19 +258,8 @@ def rank(
     Ranks(num_better=array([0, 0, 1]), num_tied=array([0, 0, 1]))
     """
     catalog, targets = _with_targets(queries, items, target_ids, 1.0, first_id, exclude)
-    score = catalog.target_scores(targets)
-    tolerance = tie_tolerance(catalog.queries, catalog.items[targets], score)
-    better, tied = np.zeros((2, len(targets)), np.int64)
-    for rows in catalog.rows():
-        for columns in catalog.columns():
-            z = catalog.block(rows, columns)
-            catalog.exclude(z, rows, columns)
-            here = np.flatnonzero((targets[rows] >= columns.start) & (targets[rows] < columns.stop))
-            z[here, targets[rows][here] - columns.start] = -np.inf
-            more_better, more_tied = count(z, score[rows], tolerance[rows])
-            better[rows] += more_better
-            tied[rows] += more_tied
-    return Ranks(catalog.place.give(better), catalog.place.give(tied))
+    found = softmax.value(catalog.problem(targets), ranks=True)
+    return Ranks(catalog.place.give(found.num_better), catalog.place.give(found.num_tied))
 
 
 def full_softmax_loss(
@@ -381,17 +387,6 @@ def log_normalizer(
 
 
 def _log_normalizer(catalog: _Catalog) -> NDArray:
-    result = np.empty(len(catalog.queries), catalog.queries.dtype)
-    for rows in catalog.rows():
-        shift = np.full(rows.stop - rows.start, -np.inf, result.dtype)
-        total = np.zeros_like(shift)
-        for columns in catalog.columns():
-            z = catalog.block(rows, columns)
-            new_shift = np.maximum(shift, z.max(axis=1))
-            total *= np.exp(shift - new_shift)
-            z -= new_shift[:, None]
-            total += np.exp(z, out=z).sum(axis=1)
-            shift = new_shift
-        with np.errstate(divide="ignore"):  # an empty catalog: log 0
-            result[rows] = np.log(total) + shift
-    return result
+    found = softmax.value(catalog.problem())
+    with np.errstate(divide="ignore"):  # an empty catalog: log 0
+        return found.shift + np.log(found.total)

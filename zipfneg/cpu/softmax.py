@@ -462,8 +462,8 @@ def softplus(x: NDArray) -> NDArray:
         return np.logaddexp(0, x)
 
 
-def value(problem: Problem) -> Pass:
-    return _run(problem, None, None, False)[0]
+def value(problem: Problem, *, ranks: bool = False) -> Pass:
+    return _run(problem, None, None, ranks)[0]
 
 
 def value_and_gradients(
