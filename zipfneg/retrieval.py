@@ -1,6 +1,5 @@
 """The full catalog, block by block: scores, top-k, ranks, exact softmax."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -9,13 +8,12 @@ from . import checks
 from .candidates import Candidates, as_candidates, as_temperature
 from .checks import NDArray
 from .cpu import softmax
+from .cpu.best import best
 from .cpu.rows import add_rows
+from .cpu.threads import for_spans
 from .interop import Array, Home, as_array, borrow
 from .loss import prepare
 from .masking import Csr, FalseNegatives, csr
-
-# A block of scores: 512 × 2048 float32 take 4 MiB.
-BLOCK_ROWS, BLOCK_COLUMNS = 512, 2048
 
 
 class TopK(NamedTuple):
@@ -43,12 +41,6 @@ class _Catalog(NamedTuple):
     excluded: tuple[NDArray, NDArray] | None
     place: Home
 
-    def block(self, rows: slice, columns: slice) -> NDArray:
-        z = (self.queries[rows] / self.temperature) @ self.items[columns].T  # (r, c)
-        if self.bias is not None:
-            z += self.bias[columns] / z.dtype.type(self.temperature)
-        return z
-
     def target_scores(self, targets: NDArray) -> NDArray:
         score = np.einsum("bd,bd->b", self.queries, self.items[targets])
         if self.bias is not None:
@@ -71,24 +63,6 @@ class _Catalog(NamedTuple):
             drop=FalseNegatives.find(ids, targets, self.excluded, None, len(self.queries)),
             temperature=self.temperature,
         )
-
-    def columns(self) -> Iterator[slice]:
-        for start in range(self.first_id, len(self.items), BLOCK_COLUMNS):
-            yield slice(start, min(start + BLOCK_COLUMNS, len(self.items)))
-
-    def rows(self) -> Iterator[slice]:
-        for start in range(0, len(self.queries), BLOCK_ROWS):
-            yield slice(start, min(start + BLOCK_ROWS, len(self.queries)))
-
-    def exclude(self, z: NDArray, rows: slice, columns: slice) -> None:
-        """−inf over the excluded items of a block."""
-        if self.excluded is None:
-            return
-        indptr, ids = self.excluded
-        row = np.repeat(np.arange(len(z)), np.diff(indptr[rows.start : rows.stop + 1]))
-        column = ids[indptr[rows.start] : indptr[rows.stop]]
-        inside = (column >= columns.start) & (column < columns.stop)
-        z[row[inside], column[inside] - columns.start] = -np.inf
 
 
 def _catalog(
@@ -167,7 +141,11 @@ def scores(queries: Array, items: Array | Candidates, *, temperature: float | Ar
     items : (N, D), row = id, or `Candidates` with embeddings and bias.
     """
     catalog, _ = _catalog(queries, items, temperature)
-    return catalog.place.give(catalog.block(slice(None), slice(None)))
+    dtype = catalog.queries.dtype.type
+    z = (catalog.queries / dtype(catalog.temperature)) @ catalog.items.T
+    if catalog.bias is not None:
+        z += catalog.bias / dtype(catalog.temperature)
+    return catalog.place.give(z)
 
 
 def top_k(
@@ -204,28 +182,27 @@ def top_k(
     """
     catalog, _ = _catalog(queries, items, temperature, first_id, exclude)
     k = checks.integer("k", k, 1, max(1, len(catalog.items) - first_id))
-    num_queries = len(catalog.queries)
-    best_ids = np.full((num_queries, k), -1)
-    best = np.full((num_queries, k), -np.inf, catalog.queries.dtype)
-    for rows in catalog.rows():
-        ids, values = best_ids[rows], best[rows]
-        broken = np.zeros(len(ids), np.bool_)
-        for columns in catalog.columns():
-            z = catalog.block(rows, columns)
-            catalog.exclude(z, rows, columns)
-            broken |= np.isnan(z.max(axis=1))
-            # The running best and this block compete.
-            both = np.hstack([values, z])
-            places = np.argpartition(-both, k - 1, axis=1)[:, :k]
-            values = np.take_along_axis(both, places, 1)
-            old = np.take_along_axis(ids, np.minimum(places, k - 1), 1)
-            ids = np.where(places < k, old, places - k + columns.start)
-            ids[values == -np.inf] = -1
-        places = np.lexsort((ids, -values))
-        values, ids = np.take_along_axis(values, places, 1), np.take_along_axis(ids, places, 1)
-        ids[broken], values[broken] = -1, np.nan
-        best_ids[rows], best[rows] = ids, values
-    return TopK(catalog.place.give(best_ids), catalog.place.give(best))
+    problem = catalog.problem()
+    num_queries, dtype = len(catalog.queries), catalog.queries.dtype
+    values, ids = np.full((num_queries, k), -np.inf, dtype), np.full((num_queries, k), -1)
+    bias = np.empty(0, dtype) if problem.negative_bias is None else problem.negative_bias
+    for_spans(
+        best,
+        -(-num_queries // softmax.HEIGHT),
+        1,
+        catalog.queries / dtype.type(catalog.temperature),
+        problem.negatives,
+        bias / dtype.type(catalog.temperature),
+        problem.drop,
+        first_id,
+        values,
+        ids,
+    )
+    order = np.lexsort((ids, -values))
+    values, ids = np.take_along_axis(values, order, 1), np.take_along_axis(ids, order, 1)
+    broken = np.isnan(values).any(axis=1)
+    values[broken], ids[broken] = np.nan, -1
+    return TopK(catalog.place.give(ids), catalog.place.give(values))
 
 
 def rank(
