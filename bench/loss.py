@@ -22,7 +22,15 @@ from threadpoolctl import threadpool_limits
 from zipfneg import Candidates, LogUniform, sampled_softmax_value_and_grad
 from zipfneg.cpu import softmax
 
-SHAPES = ["1024,1024,64", "2048,8192,64", "4096,8192,128", "8192,8192,128", "8192,65536,128"]
+SHAPES = [
+    "1024,1024,64",
+    "2048,1024,64",
+    "2048,8192,64",
+    "2048,65536,64",
+    "4096,8192,128",
+    "8192,8192,128",
+    "8192,65536,128",
+]
 PER_QUERY = ["2048,512,64"]
 CEILING = "sgemm"
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from measure import machine, seconds
+from scipy import stats
 
 from zipfneg import Empirical, LogUniform, PopularitySampler, Uniform, ZipfMandelbrot
 from zipfneg.reference import log_uniform_prob
@@ -38,6 +39,10 @@ def competitors(num_items: int, num_draws: int) -> dict[str, Callable[[], Any]]:
         return np.exp(rng.random(num_draws) * log_total).astype(np.int64) - 1
 
     found["numpy inverse transform"] = inverse_transform
+    law = stats.loguniform(1, num_items + 1)
+    found["scipy loguniform"] = lambda: (
+        law.rvs(size=num_draws, random_state=rng).astype(np.int64) - 1
+    )
     if num_items <= 10**6:
         p = log_uniform_prob(num_items)
         p /= p.sum()

@@ -4,6 +4,7 @@ python bench/tables.py
 """
 
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,64 @@ def loss() -> str:
     return "\n".join(rows) + "\n"
 
 
+def step() -> str:
+    lines = newest("step")
+    rows = [
+        "\n## Whole steps, and work that is skipped\n",
+        f"`bench/step.py`, {where(lines[-1])}. A step samples negatives from 19,252 items, gathers "
+        "rows, takes the loss and its gradients, and updates the rows by AdaGrad. The time is "
+        "relative within rounds.\n",
+        "| case | threads | | ms | spread | time, relative |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        rows.append(
+            f"| {line['case']} | {line['threads']} | {line['who']} | {1e3 * line['seconds']:.3g} | "
+            f"{1e3 * line['spread']:.2g} | {line['ratio']:.2f} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def picture() -> str:
+    """Time and memory of the loss against S, and draws a second against N."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    time, memory, draws = figure.subplots(1, 3)
+    shared = re.compile(r"shared negatives, 2048 × (\d+) × 64")
+    for axes, name, scale in ((time, "seconds", 1e3), (memory, "extra_bytes", 2.0**-20)):
+        points: dict[str, list[tuple[int, float]]] = {}
+        for line in newest("loss"):
+            found = shared.fullmatch(line["case"])
+            if found and line["threads"] == 2 and line[name]:
+                point = int(found[1]), scale * line[name]
+                points.setdefault(line["who"], []).append(point)
+        for who, curve in points.items():
+            style = {"color": "black", "linewidth": 2.5} if who == "zipfneg" else {}
+            axes.loglog(*zip(*sorted(curve), strict=True), "o-", label=who, **style)
+    points = {}
+    for line in newest("sampling"):
+        found = re.fullmatch(r"log-uniform, N = (.*)", line["case"])
+        if found and line["threads"] == 1:
+            point = int(float(found[1])), line["million_ids_per_s"]
+            points.setdefault(line["who"], []).append(point)
+    for who, curve in points.items():
+        style = {"color": "black", "linewidth": 2.5} if who == "zipfneg" else {}
+        draws.loglog(*zip(*sorted(curve), strict=True), "o-", label=who, **style)
+    time.set(
+        xlabel="negatives", ylabel="ms", title="Loss and gradients, 2048 × S × 64, two threads"
+    )
+    memory.set(xlabel="negatives", ylabel="MiB", title="Memory beyond inputs and gradients")
+    draws.set(xlabel="items", ylabel="million ids/s", title="Draws with replacement, one thread")
+    for axes in (memory, draws):
+        axes.legend(fontsize=7)
+    figure.savefig(ROOT / "docs" / "benchmarks.png", dpi=110)
+    return (
+        "\n![Time and memory against the number of negatives, draws a second against the number of "
+        "items](benchmarks.png)\n"
+    )
+
+
 if __name__ == "__main__":
-    text = INTRODUCTION + sampling() + loss()
+    text = INTRODUCTION + picture() + sampling() + loss() + step()
     (ROOT / "docs" / "benchmarks.md").write_text(text, encoding="utf-8")
