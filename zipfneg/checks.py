@@ -4,9 +4,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
+
+FLOATS = {np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)}
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
@@ -35,7 +38,7 @@ def shape(name: str, array: NDArray, expected: Sequence[int], letters: str) -> N
 
 
 def floating(name: str, array: NDArray) -> None:
-    if array.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
+    if array.dtype not in FLOATS:
         raise TypeError(
             f"{name}: expected float16, bfloat16, float32 or float64, got {array.dtype}"
         )

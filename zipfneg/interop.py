@@ -27,6 +27,8 @@ _ARRAY_TYPES = {
 
 
 def _framework(x: Any) -> str | None:
+    if type(x) is np.ndarray:  # the frequent case
+        return "numpy"
     for framework, names in _ARRAY_TYPES.items():
         module = sys.modules.get(framework)
         if isinstance(x, tuple(getattr(module, name) for name in names if hasattr(module, name))):
