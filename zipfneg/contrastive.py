@@ -129,7 +129,9 @@ class ContrastiveOutput:
     def _sources(self) -> tuple[Any, ...]:
         """The samplers, mixtures taken apart."""
         given = self.samplers if isinstance(self.samplers, tuple) else (self.samplers,)
-        return tuple(MixtureSampler(given).samplers) if given else ()
+        return tuple(
+            s for x in given for s in (x.samplers if isinstance(x, MixtureSampler) else (x,))
+        )
 
     def __call__(
         self,
@@ -194,6 +196,8 @@ class ContrastiveOutput:
             checks.shape(f"{name}.bias", bias, embeddings.shape[:1], f"as {name}.embeddings")
 
         checks.integral("positive_ids", ids)
+        if ids.ndim != 1:
+            raise ValueError(f"positive_ids: expected shape (B,), got {ids.shape}")
         ids = ids.astype(np.int64, copy=False)
         draws: list[Draw] = []
         negatives: Any
@@ -240,7 +244,9 @@ class ContrastiveOutput:
 
         item_grads = positive_grads = None
         if tied:
-            unique_ids, place_of = places(np.concatenate([ids, rows.ravel()]), len(embeddings))
+            unique_ids, place_of = places(
+                np.concatenate([ids, rows.ravel().astype(np.int64)]), len(embeddings)
+            )
             at, of_rows = place_of[: len(ids)], place_of[len(ids) :].reshape(rows.shape)
             d_rows = np.zeros((len(unique_ids), p.shape[1]), gradients.queries.dtype)
             row_kernels.add_rows(d_rows, at, gradients.positives)
@@ -339,12 +345,17 @@ class ContrastiveOutput:
         )
 
 
-def _check_draw(draw: Draw, ndims: tuple[int, ...], shapes: str) -> None:
-    shape = () if draw.negatives.ids is None else np.shape(draw.negatives.ids)
-    if draw.positives is None or len(shape) not in ndims:
+def _check_draw(draw: Any, ndims: tuple[int, ...], shapes: str) -> None:
+    """Samplers may be the user's own."""
+    if not isinstance(draw, Draw) or draw.positives is None or draw.negatives.ids is None:
         raise ValueError(
-            f"samplers: expected a draw of the positives and of negatives with ids {shapes}, got "
-            f"positives {draw.positives} and ids of shape {shape}"
+            f"samplers: expected a Draw of the positives and of negatives with ids, got {draw!r}"
+        )
+    ids = draw.negatives.ids
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim not in ndims:
+        raise ValueError(
+            f"samplers: expected negatives with an integer NumPy array of ids {shapes}, as the "
+            f"positives came in NumPy, got {type(ids).__name__} of shape {np.shape(ids)}"
         )
 
 
