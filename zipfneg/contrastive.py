@@ -136,6 +136,7 @@ class ContrastiveOutput:
         items: Array | Candidates | None = None,
         positives: Array | Candidates | None = None,
         step: int = 0,
+        stream: int = 0,
         known_positives: Csr | None = None,
         sample_weight: Array | None = None,
     ) -> Contrastive:
@@ -151,7 +152,8 @@ class ContrastiveOutput:
             embeddings and bias, for samplers whose negatives come with embeddings
             (`InBatchSampler`, `CachedSampler`). What a sampler brings from elsewhere is a
             constant.
-        step : training step: negatives are a pure function of the sampler and it.
+        step, stream : the training step and, say, the worker's rank: negatives are a pure function
+            of the sampler and them.
         known_positives, sample_weight : as for `sampled_softmax_loss`.
 
         Returns
@@ -197,7 +199,7 @@ class ContrastiveOutput:
                         f"items: expected a row for every id of the samplers' laws, "
                         f"{law.first_id + law.num_items} rows or more, got {len(embeddings)}"
                     )
-            draw = self.sampler.sample(Candidates(ids=ids), step=step)
+            draw = self.sampler.sample(Candidates(ids=ids), step=step, stream=stream)
             ids = ids.astype(np.int64, copy=False)
             both = np.concatenate([ids, draw.negatives.ids])  # (B + S,)
             if len(both) and not (both.min() >= 0 and both.max() < len(embeddings)):
@@ -212,10 +214,10 @@ class ContrastiveOutput:
             checks.shape("positives", embeddings, (len(ids), embeddings.shape[1]), "(B, D)")
             batch, sampler = Candidates(ids, embeddings, bias=bias), self.sampler
             if isinstance(sampler, MixtureSampler):
-                draws = sampler.draws(batch, step=step)
+                draws = sampler.draws(batch, step=step, stream=stream)
                 draw = sampler.join(draws, batch)
             else:
-                draws = [sampler.sample(batch, step=step)]
+                draws = [sampler.sample(batch, step=step, stream=stream)]
                 draw = draws[0]
             if draw.negatives.embeddings is None:
                 raise ValueError(
