@@ -285,7 +285,8 @@ def test_no_gradients_are_computed_in_vain(monkeypatch, reduction):
     assert (forward, calls) == ((both[1:], both[1:]) if reduction == "mean" else (both[:1], both))
 
 
-def test_tensors_go_in_and_gradients_come_out_where_they_are(monkeypatch):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_tensors_go_in_and_gradients_come_out_where_they_are(monkeypatch, reduction):
     x, seen = problem(6, dtype=torch.float32), {}
     prepare = zipfneg.loss.prepare
 
@@ -306,8 +307,7 @@ def test_tensors_go_in_and_gradients_come_out_where_they_are(monkeypatch):
         return prepared._replace(engine=Engine)
 
     monkeypatch.setattr(zipfneg.loss, "prepare", watched)
-    value = compute(x, reduction="none")
-    value.sum().backward()
+    compute(x, reduction=reduction).sum().backward()
     for name in NAMES[:5]:
         assert seen[name].ctypes.data == x[name].data_ptr(), name
         assert getattr(seen["gradients"], name).ctypes.data == x[name].grad.data_ptr(), name
@@ -493,6 +493,8 @@ def test_backward_twice_over_one_graph():
     value = compute(x)
     value.backward(retain_graph=True)
     first = x["queries"].grad.clone()
+    value.backward(retain_graph=True)
+    torch.testing.assert_close(x["queries"].grad, 2 * first)
     x["queries"].grad.zero_()
     value.backward()
     torch.testing.assert_close(x["queries"].grad, first)

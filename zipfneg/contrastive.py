@@ -192,6 +192,8 @@ class ContrastiveOutput:
         if bias is not None:
             checks.shape(f"{name}.bias", bias, embeddings.shape[:1], f"as {name}.embeddings")
 
+        # Without one, a sampler need not know streams.
+        when: dict[str, Any] = {"step": step} | ({"stream": stream} if stream else {})
         if tied:
             for law in (s.law for s in self._sources() if hasattr(s, "law")):
                 if law.first_id + law.num_items > len(embeddings):
@@ -199,7 +201,7 @@ class ContrastiveOutput:
                         f"items: expected a row for every id of the samplers' laws, "
                         f"{law.first_id + law.num_items} rows or more, got {len(embeddings)}"
                     )
-            draw = self.sampler.sample(Candidates(ids=ids), step=step, stream=stream)
+            draw = self.sampler.sample(Candidates(ids=ids), **when)
             ids = ids.astype(np.int64, copy=False)
             both = np.concatenate([ids, draw.negatives.ids])  # (B + S,)
             if len(both) and not (both.min() >= 0 and both.max() < len(embeddings)):
@@ -214,10 +216,10 @@ class ContrastiveOutput:
             checks.shape("positives", embeddings, (len(ids), embeddings.shape[1]), "(B, D)")
             batch, sampler = Candidates(ids, embeddings, bias=bias), self.sampler
             if isinstance(sampler, MixtureSampler):
-                draws = sampler.draws(batch, step=step, stream=stream)
+                draws = sampler.draws(batch, **when)
                 draw = sampler.join(draws, batch)
             else:
-                draws = [sampler.sample(batch, step=step, stream=stream)]
+                draws = [sampler.sample(batch, **when)]
                 draw = draws[0]
             if draw.negatives.embeddings is None:
                 raise ValueError(

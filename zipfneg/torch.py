@@ -624,9 +624,18 @@ def _apart(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
     return [None if x is None else x.view_as(x) for x in given]
 
 
+# Whether the graph of the running backward pass stays for another one.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def _scaled(d_loss: Tensor | None, grads: Any) -> list[Tensor | None]:
-    """Of pairs (gradient, whether it is needed)."""
-    return [d_loss * x if need and d_loss is not None else None for x, need in grads]
+    """d_loss times each of the pairs (gradient, whether it is needed)."""
+    if d_loss is None:
+        return [None for _ in grads]
+    # After `loss.backward()` they go out as they are, without another pass over their memory. They
+    # are then the caller's to change: a kept graph, which could ask again, gives copies.
+    copied = torch.compiler.is_compiling() or _graph_is_kept() or d_loss.item() != 1
+    return [None if not need else d_loss * x if copied else x for x, need in grads]
 
 
 def _refuse_second(d_grads: tuple[Tensor | None, ...]) -> None:
