@@ -1,6 +1,6 @@
 """What the PyTorch adapter adds to the core's call: time, and copies, of which there are none.
 
-    python bench/adapters.py [--out bench/results/adapters.jsonl]
+    python bench/adapters.py [--threads 1] [--out bench/results/adapters.jsonl]
 
 Forward and backward of the mean loss through autograd, against `sampled_softmax_value_and_grad` of
 the same tensors, in turn: what remains of a larger call is scaling its gradients. Values,
@@ -8,6 +8,7 @@ gradients and addresses are checked first. One JSON line a case.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,9 +63,12 @@ def check(tensors: list[torch.Tensor], expected: tuple[torch.Tensor, ...]) -> No
 
 
 def main(
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of zipfneg.")] = 1,
     out: Annotated[Path | None, typer.Option(help="File to append the lines to.")] = None,
 ) -> None:
-    about = {**machine(), "threads": torch.get_num_threads()}
+    os.environ["ZIPFNEG_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    about = {**machine(), "threads": threads}
     lines = []
     for B, S, D in SHAPES:
         torch.manual_seed(0)

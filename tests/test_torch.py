@@ -250,6 +250,13 @@ def test_gradcheck(loss, reduction):
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_are_no_part_of_the_graph(reduction):
+    x = problem(4)
+    (grad,) = torch.autograd.grad(compute(x, reduction=reduction).sum(), x["queries"])
+    assert (grad.requires_grad, grad.grad_fn) == (False, None)
+
+
 def test_only_what_requires_grad_gets_one():
     x = problem(4)
     for name in NAMES[1:]:
@@ -474,6 +481,19 @@ def test_second_derivatives_are_refused(reduction):
     (grad,) = torch.autograd.grad(compiled(*given), given[0], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
+
+
+# PyTorch scripts its own forward-mode decompositions.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_other_transforms_are_refused():
+    loss, given = first_three(problem(15, grad=False))
+    with pytest.raises(TypeError, match=r"negatives.embeddings: cannot view this"):
+        torch.func.vmap(loss, in_dims=(None, None, 0))(*given[:2], given[2][None])
+    with pytest.raises(TypeError, match=r"queries: cannot view this"):
+        torch.func.jvp(loss, tuple(given), tuple(given))
+    compiled = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="setup_context"):
+        compiled(*given)
 
 
 def test_weights_in_a_graph_beside_the_loss():

@@ -5,6 +5,7 @@ around it: eager mode, `torch.compile`, `torch.export` and `torch.func.grad` tak
 gradients are those of the core, which come with the loss; only their wiring is here.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -102,6 +103,12 @@ def _run(*problem: Any) -> tuple[Tensor, ...]:
     return (_operator if torch.compiler.is_compiling() else _sampled_softmax)(*problem)
 
 
+def _inspected_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # PyTorch inspects a forward's signature at every call, for a tenth of a small batch's time.
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
+
+
 class _Reduced(torch.autograd.Function):
     """The mean or the sum: one upstream number scales gradients that came with the loss.
 
@@ -109,6 +116,7 @@ class _Reduced(torch.autograd.Function):
     """
 
     @staticmethod
+    @_inspected_once
     def forward(*problem: Any) -> tuple[Tensor, ...]:
         return _run(*problem, True)
 
@@ -128,6 +136,7 @@ class _PerExample(torch.autograd.Function):
     """One loss an example: its upstream gradient weighs it, in a backward pass of its own."""
 
     @staticmethod
+    @_inspected_once
     def forward(*problem: Any) -> Tensor:
         return _run(*problem, False)[0]
 
@@ -512,20 +521,20 @@ class ContrastiveOutput(torch.nn.Module):
         if side.ids is not None or side.log_q is not None:
             raise ValueError(f"{name}: expected embeddings and bias alone, got ids or log_q too")
         indptr, known_ids = _csr(known_positives)
-        tensors = {
+        named = {
             "queries": queries,
             f"{name}.embeddings": side.embeddings,
-            "temperature": self.temperature,
             "positive_ids": positive_ids,
             f"{name}.bias": side.bias,
             "sample_weight": sample_weight,
         }
-        _check_tensors(tensors, 4, ("sample_weight",))
-        given = (
-            queries, side.embeddings, side.bias, tensors["temperature"], positive_ids, indptr,
-            known_ids, sample_weight, _key(self.head), tied,
-            self.step if step is None else _step(step), stream,
+        _check_tensors(named, 3, ("sample_weight",))
+        tensors = (
+            queries, side.embeddings, side.bias, self.temperature, positive_ids, indptr, known_ids,
+            sample_weight,
         )  # fmt: skip
+        step_now = self.step if step is None else _step(step)
+        given = (*_apart(tensors), _key(self.head), tied, step_now, stream)
         if _differentiated(given[:4]):
             out = _Head.apply(self.sparse, *given)
         else:
@@ -633,9 +642,10 @@ def _scaled(d_loss: Tensor | None, grads: Any) -> list[Tensor | None]:
     if d_loss is None:
         return [None for _ in grads]
     # After `loss.backward()` they go out as they are, without another pass over their memory. They
-    # are then the caller's to change: a kept graph, which could ask again, gives copies.
-    copied = torch.compiler.is_compiling() or _graph_is_kept() or d_loss.item() != 1
-    return [None if not need else d_loss * x if copied else x for x, need in grads]
+    # are then the caller's to change: a graph that is kept, or made of this very pass, gets copies.
+    again = torch.compiler.is_compiling() or torch.is_grad_enabled() or _graph_is_kept()
+    copied = again or d_loss.item() != 1
+    return [None if not need else d_loss * x if copied else x.detach() for x, need in grads]
 
 
 def _refuse_second(d_grads: tuple[Tensor | None, ...]) -> None:
