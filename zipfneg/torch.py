@@ -630,6 +630,9 @@ def _apart(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
     given = list(tensors)
     if not torch.compiler.is_compiling():
         return given
+    if torch._C._are_functorch_transforms_active():
+        # Compiled, a second derivative could not be told from a first, and would come out as 0.
+        raise RuntimeError("torch.func transforms of zipfneg's losses run, but cannot be compiled")
     return [None if x is None else x.view_as(x) for x in given]
 
 
