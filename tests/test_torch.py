@@ -240,6 +240,19 @@ def test_dtypes(dtype, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_scaled_losses_keep_small_float16_gradients(reduction):
+    x, scale = problem(2, dtype=torch.float16), 2.0**16
+    x["sample_weight"] *= 1e-7
+    value = compute(x, reduction=reduction)
+    (scale * value).sum().backward()
+    weight = scale * x["sample_weight"].numpy() / (5 if reduction == "mean" else 1)
+    _, grads = oracle(x, "softmax", d_loss=weight)
+    expected = np.asarray(grads.queries)
+    assert np.abs(x["queries"].grad.numpy() - expected).max() < 1e-3 * np.abs(expected).max()
+    assert compute(x, reduction=reduction).dtype == torch.float32
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradcheck(loss, reduction):
     x = problem(3, B=3, S=4, D=2)

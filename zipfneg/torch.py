@@ -1,8 +1,8 @@
 """Samplers, losses and the head on PyTorch tensors: differentiable, and whole under compilation.
 
-Each computation is one operator, opaque to PyTorch, whose backward pass is an `autograd.Function`
-around it: eager mode, `torch.compile`, `torch.export` and `torch.func.grad` take the same way. The
-gradients are those of the core, which come with the loss; only their wiring is here.
+Each computation is one operator that PyTorch does not look into, within an `autograd.Function`: so
+eager mode, `torch.compile`, `torch.export` and `torch.func.grad` all take it. The gradients are
+those of the core, which come with the loss; only their wiring is here.
 """
 
 import inspect
@@ -99,12 +99,12 @@ def _(*problem: Any) -> tuple[Tensor, ...]:
 
 
 def _run(*problem: Any) -> tuple[Tensor, ...]:
-    # The dispatcher is for those who trace: a small batch would wait for it a third of its time.
+    # The dispatcher is for those who trace: a small batch would wait for it.
     return (_operator if torch.compiler.is_compiling() else _sampled_softmax)(*problem)
 
 
 def _inspected_once(forward: Callable[..., Any]) -> Callable[..., Any]:
-    # PyTorch inspects a forward's signature at every call, for a tenth of a small batch's time.
+    # PyTorch inspects a forward's signature at every call, and a small batch would wait for it.
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return forward
 
@@ -188,8 +188,8 @@ def sampled_softmax_loss(
     Notes
     -----
     Where no gradient is wanted (``torch.no_grad``, or nothing requires grad) none is computed.
-    Otherwise the gradients of "mean" and "sum" are computed with the loss, those of "none" by a
-    second pass, exactly for any upstream gradient.
+    Otherwise the gradients of "mean" and "sum" are computed with the loss, those of "none", and of
+    float16, by a second pass, exactly for any upstream gradient.
     Under autocast nothing is cast: tensors of any floating dtype go together, arithmetic is float32
     (float64 where an embedding is float64), each gradient has its tensor's dtype.
 
@@ -226,7 +226,15 @@ def sampled_softmax_loss(
     problem = (*given, correction, loss, loss_parameter, reduction, validate)
     if not _differentiated(given[:6]):
         return _run(*problem, False)[0]
-    return _PerExample.apply(*problem) if reduction == "none" else _Reduced.apply(*problem)[0]
+    if reduction == "none":
+        return _PerExample.apply(*problem)
+    narrow = any(x is not None and x.dtype == torch.float16 for x in given[:6])
+    if narrow and reduction in ("mean", "sum"):
+        # A scaled loss (`torch.amp.GradScaler`) keeps small gradients from vanishing only if its
+        # factor reaches them before they are rounded.
+        losses = _PerExample.apply(*given, correction, loss, loss_parameter, "none", validate)
+        return losses.sum() / (max(1, len(queries)) if reduction == "mean" else 1)
+    return _Reduced.apply(*problem)[0]
 
 
 # -- Samplers
