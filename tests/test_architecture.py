@@ -24,6 +24,8 @@ OPTIONAL = {
     "demo": {"pyarrow", "matplotlib", "wordsegment"},
     "fitting": {"matplotlib"},
 }
+# Each imports one framework, and stands above all others.
+ADAPTERS = {"torch"}
 CORE_PACKAGES = {"numpy", "numba", "ml_dtypes"}
 COMMAND_LINE = {"cli": {"typer", "tqdm", "cupy"}}
 
@@ -79,6 +81,13 @@ def test_only_the_command_line_knows_the_trainer_and_files():
         assert not imports(name)[0] & above, name
 
 
+def test_nothing_knows_the_adapters():
+    for name in MODULES.keys() - ADAPTERS:
+        assert not imports(name)[0] & ADAPTERS, name
+    for name in ADAPTERS:
+        assert not imports(name)[0] & {"cli", "training", *KERNELS}, name
+
+
 def test_imports_make_no_circle():
     done, doing = set(), []
 
@@ -106,6 +115,8 @@ def test_packages_stay_where_they_belong(name):
         allowed = allowed | {"cupy"}  # imported only once CUDA is asked for
     if name == "cuda.launch":
         allowed = allowed | {"cupy", "cuda"}  # at the first launch
+    if name in ADAPTERS:
+        allowed = allowed | {name}
     packages = {package.split(".")[0] for package in imports(name)[1]}
     assert packages - set(sys.stdlib_module_names) <= allowed
 
