@@ -508,7 +508,8 @@ def _run(
     # Zeros cost nothing before they are written to.
     none = d_loss is None or problem.negative_rows is not None
     d_v = np.zeros((0,) * v.ndim if none else v.shape, v.dtype)
-    d_bias = np.zeros((1 if shared else num_weighed, num_sampled), dtype)
+    of_bias = np.zeros((num_sampled,) if shared else (num_weighed, num_sampled), dtype)
+    d_bias = of_bias[None] if shared else of_bias
     given = _given(problem, d_loss, ranks)
     if shared:
         if d_loss is None:
@@ -539,13 +540,13 @@ def _run(
     if problem.positive_bias is not None:
         g_a += np.vdot(problem.positive_bias, rows.d_positive_bias)
     if problem.negative_bias is not None:
-        g_a += np.vdot(problem.negative_bias, d_bias)
+        g_a += np.vdot(problem.negative_bias, of_bias)
     return result, Gradients(
         rows.d_queries,
         rows.d_positives,
         d_v,
         rows.d_positive_bias,
-        d_bias[0] if shared else d_bias,
+        of_bias,
         np.asarray(-g_a / problem.temperature, dtype),
     )
 
