@@ -106,7 +106,7 @@ def sample(
 
     max_tries = jax.numpy.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max
 
-    def draw(given: Arrays) -> Draw:
+    def draw(given: Arrays) -> Any:
         step, stream = int(given["step"]), int(given["stream"])
         drawn = sampler.sample(given["positive_ids"], step=step, stream=stream)
         return _narrowed(drawn._replace(num_tries=np.array(min(drawn.num_tries, max_tries))))
@@ -115,8 +115,18 @@ def sample(
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
         return jax.tree.map(jax.numpy.asarray, draw(jax.tree.map(np.asarray, arrays)))
     arrays = jax.tree.map(jax.numpy.asarray, arrays)
-    stand_ins = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), arrays)
-    return _on_host(draw, _specs(draw(stand_ins)), _vary(arrays, _axes(arrays)))
+    specs = _specs(draw(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), arrays)))
+
+    def draw_of_one_size(given: Arrays) -> Any:
+        drawn, size = draw(given), specs.negatives.ids.shape
+        if drawn.negatives.ids.shape != size:
+            raise ValueError(
+                f"sampler: expected a draw of one size, {size} as step 0, since shapes are static "
+                f"under jit, got {drawn.negatives.ids.shape} from {sampler!r}"
+            )
+        return drawn
+
+    return _on_host(draw_of_one_size, specs, _vary(arrays, _axes(arrays)))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -126,10 +136,9 @@ def _loss(arrays: Arrays, settings: Settings) -> Array:
     stand_ins |= {"temperature": 1.0, "known_positives": None}  # their values are checked later
     weight, reduction = core.prepare(**stand_ins, **dict(settings))[2:4]
     spec = jax.ShapeDtypeStruct(weight.shape if reduction == "none" else (), weight.dtype)
-    return _value(settings, spec, _vary(arrays, _axes(arrays)))
+    return _differentiable(settings, spec, _vary(arrays, _axes(arrays)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _value(settings: Settings, spec: Any, arrays: Arrays) -> Array:
     def compute(given: Arrays) -> Array:
         return core.sampled_softmax_loss(**given, **dict(settings))
@@ -167,7 +176,8 @@ def _backward(settings: Settings, spec: Any, saved: Arrays, d_loss: Array) -> tu
     return ({**grads, "known_positives": None, "mask": None, "sample_weight": None},)
 
 
-_value.defvjp(_forward, _backward)
+_differentiable = jax.custom_vjp(_value, nondiff_argnums=(0, 1))
+_differentiable.defvjp(_forward, _backward)
 
 
 def _on_host(compute: Callable[[Arrays], Any], specs: Any, arrays: Arrays) -> Any:
