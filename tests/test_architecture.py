@@ -26,6 +26,7 @@ OPTIONAL = {
 }
 CORE_PACKAGES = {"numpy", "numba", "ml_dtypes"}
 COMMAND_LINE = {"cli": {"typer", "tqdm", "cupy"}}
+ADAPTERS = {"jax": {"jax"}, "tensorflow": {"tensorflow", "keras"}}
 
 
 def imports(name):
@@ -79,6 +80,11 @@ def test_only_the_command_line_knows_the_trainer_and_files():
         assert not imports(name)[0] & above, name
 
 
+def test_nothing_imports_an_adapter():
+    for name in MODULES:
+        assert not imports(name)[0] & ADAPTERS.keys(), name
+
+
 def test_imports_make_no_circle():
     done, doing = set(), []
 
@@ -98,6 +104,7 @@ def test_imports_make_no_circle():
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_packages_stay_where_they_belong(name):
     allowed = CORE_PACKAGES | OPTIONAL.get(name, set()) | COMMAND_LINE.get(name, set())
+    allowed = allowed | ADAPTERS.get(name, set())
     if name == "popularity":
         allowed = allowed | {"scipy"}  # imported only to fit
     if name == "cpu.product":
