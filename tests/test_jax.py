@@ -37,15 +37,15 @@ NO_LOG_Q = ("hinge", "top1")
 LAW = LogUniform(1000)
 
 
-def problem(B, S, D, dtype=np.float32, *, loss="softmax", shared=True):
+def problem(B, S, D, dtype=np.float32, *, loss="softmax", negatives="shared"):
     """Arguments with every option of the loss: queries, positives, negatives and keywords."""
     rng = np.random.default_rng([B, S, D])
-    columns = (S,) if shared else (B, S)
+    columns = (S,) if negatives == "shared" else (B, S)
 
-    def side(shape):
+    def side(shape, rows=None):
         return Candidates(
             ids=rng.integers(0, 2 * S, shape).astype(np.int32),
-            embeddings=rng.normal(size=(*shape, D)).astype(dtype),
+            embeddings=rng.normal(size=(*(rows or shape), D)).astype(dtype),
             log_q=None if loss in NO_LOG_Q else rng.uniform(-4, 0, shape).astype(np.float32),
             bias=rng.normal(size=shape).astype(dtype),
         )
@@ -58,7 +58,8 @@ def problem(B, S, D, dtype=np.float32, *, loss="softmax", shared=True):
         "sample_weight": rng.uniform(0, 2, B).astype(np.float32),
     }
     queries = rng.normal(size=(B, D)).astype(dtype)
-    return (queries, side((B,)), side(columns)), options, {"loss": loss}
+    rows = (2 * S,) if negatives == "rows of a table" else None
+    return (queries, side((B,)), side(columns, rows)), options, {"loss": loss}
 
 
 def differentiable(args, options):
@@ -124,9 +125,9 @@ def test_three_queries_by_hand():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per query"])
-def test_every_option(shape, reduction, shared):
-    args, options, settings = problem(*shape, shared=shared)
+@pytest.mark.parametrize("negatives", ["shared", "per query", "rows of a table"])
+def test_every_option(shape, reduction, negatives):
+    args, options, settings = problem(*shape, negatives=negatives)
     settings["reduction"] = reduction
     values, call = differentiable(args, options)
     loss, grads = jax.jit(grad_of(call, **settings))(*values)

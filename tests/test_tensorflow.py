@@ -52,17 +52,18 @@ def run(request):
     return call
 
 
-def problem(B, S, D, dtype=np.float32, *, loss="softmax", shared=True):
+def problem(B, S, D, dtype=np.float32, *, loss="softmax", negatives="shared"):
     """What has a gradient, by name; the ids and log q of both sides; and the other options."""
     rng = np.random.default_rng([B, S, D])
-    columns = (S,) if shared else (B, S)
+    columns = (S,) if negatives == "shared" else (B, S)
+    rows = (2 * S,) if negatives == "rows of a table" else columns
     indptr = np.arange(0, 2 * B + 1, 2)
 
     def normal(*shape):
         return tf.constant(rng.normal(size=shape).astype(dtype))
 
     differentiable = [
-        normal(B, D), normal(B, D), normal(B), normal(*columns, D), normal(*columns),
+        normal(B, D), normal(B, D), normal(B), normal(*rows, D), normal(*columns),
         tf.constant(0.7),
     ]  # fmt: skip
     constants = [
@@ -139,9 +140,9 @@ def test_three_queries_by_hand(run):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per query"])
-def test_every_option(run, shape, reduction, shared):
-    differentiable, constants, options = problem(*shape, shared=shared)
+@pytest.mark.parametrize("negatives", ["shared", "per query", "rows of a table"])
+def test_every_option(run, shape, reduction, negatives):
+    differentiable, constants, options = problem(*shape, negatives=negatives)
     options["reduction"] = reduction
     got = run(value_and_grad(constants, options), *differentiable)
     assert_close(got, core(differentiable, constants, options))

@@ -23,7 +23,7 @@ except ImportError as error:
         "zipfneg.tensorflow needs TensorFlow and Keras: pip install 'zipfneg[tensorflow]'"
     ) from error
 
-# The leaves of what is differentiated, as tf.nest flattens it, and those of the other arguments.
+# The leaves of the inputs in the order of tf.nest; those of the other arguments follow.
 SIDE = Candidates("ids", "embeddings", "log_q", "bias")
 LEAVES = tf.nest.flatten(core.Grads("queries", SIDE, SIDE, "temperature"))
 DIFFERENTIABLE = {i for i, name in enumerate(LEAVES) if name not in ("ids", "log_q")}
@@ -240,12 +240,12 @@ class ContrastiveOutput(keras.layers.Layer):
         positives: Array | None = None,
         training: bool | None = None,
     ) -> Array:
-        if positive_ids is None:
-            return self.scores(queries)
         side = self.table if positives is None else positives
         if side is None:
             raise ValueError("positives: expected embeddings (B, D), or num_items= or items= for a "
                              "table of items")  # fmt: skip
+        if positive_ids is None:
+            return self.scores(queries)
         bias: list[Any] = [] if self.bias is None or positives is not None else [self.bias]
         loss, metrics = self._contrast(positive_ids, positives is None)(
             *map(_tensor, (queries, side, *bias))
