@@ -583,9 +583,25 @@ def test_mixed_precision():
         learner = model(temperature=0.5, top_ks=(1,))
         learner.compile(keras.optimizers.Adam(0.02))
         history = learner.fit(pairs(), batch_size=64, epochs=3, verbose=0).history
+        output = learner.get_layer("output")
+        output.table.assign(output.table * 1e-3)
+        queries = tf.fill((4096, 8), tf.constant(2e-3, tf.float16))
+        ids = np.arange(4096) % 50 + 1
+        with tf.GradientTape() as tape:
+            tape.watch(queries)
+            output(queries, ids)  # as float32
+            loss = 2.0**16 * output.losses[-1]
+        d_queries = tape.gradient(loss, queries)
     finally:
         keras.config.set_dtype_policy("float32")
-    assert learner.get_layer("output").table.dtype == "float32"
+    # Neither the table nor, before the loss is scaled, the gradient is rounded.
+    items = Candidates(embeddings=output.table.numpy(), bias=output.bias.numpy())
+    step = int(output.step)
+    expected = output.head(queries.numpy().astype(np.float32), ids, items=items, step=step)
+    np.testing.assert_allclose(loss, 2.0**16 * expected.loss, rtol=1e-6)
+    exact = expected.grads.queries
+    assert np.abs(exact).max() < 2.0**-20
+    np.testing.assert_allclose(d_queries, 2.0**16 * exact, rtol=1e-3, atol=2.0**-24)
     assert history["recall@1"][-1] > 0.8
 
 

@@ -57,8 +57,8 @@ def sampled_softmax_loss(
     Notes
     -----
     In a graph the host computes it, by ``tf.numpy_function``: without copies of the inputs, not in
-    XLA, not in a SavedModel, and for tensors on a GPU by way of the host. Half precision is widened
-    to float32 before, so that gradients are rounded once, after the upstream gradient.
+    XLA, not in a SavedModel, and for tensors on a GPU by way of the host. Gradients of half
+    precision inputs are rounded once, after the upstream gradient.
 
     Examples
     --------
@@ -210,7 +210,9 @@ class ContrastiveOutput(keras.layers.Layer):
                 f"KERAS_BACKEND=tensorflow"
             )
         settings = {name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()}
-        super().__init__(autocast=False, **kwargs)  # would cast the whole table at every step
+        super().__init__(**kwargs)
+        # Mixed precision would round the whole table, and gradients before the loss is scaled.
+        self.dtype_policy = keras.DTypePolicy(self.variable_dtype)
         self.supports_jit = False
         self.head = contrastive.ContrastiveOutput(samplers, **settings)
         self.num_items, self.items, self.use_bias = num_items, items, use_bias
@@ -317,9 +319,8 @@ class ContrastiveOutput(keras.layers.Layer):
 
 
 def _tensor(x: Array) -> Array:
-    """Half precision widened, Python's numbers with all their digits."""
-    x = tf.convert_to_tensor(x, {int: tf.int64, float: tf.float64}.get(type(x)))
-    return tf.cast(x, tf.float32) if x.dtype in (tf.float16, tf.bfloat16) else x
+    """Python's numbers with all their digits."""
+    return tf.convert_to_tensor(x, {int: tf.int64, float: tf.float64}.get(type(x)))
 
 
 def _leaves(structure: Any) -> list[Any]:
