@@ -24,9 +24,10 @@ OPTIONAL = {
     "demo": {"pyarrow", "matplotlib", "wordsegment"},
     "fitting": {"matplotlib"},
 }
+# Each imports one framework, as these packages, and stands above all others.
+ADAPTERS = {"torch": {"torch"}, "jax": {"jax"}, "tensorflow": {"tensorflow", "keras"}}
 CORE_PACKAGES = {"numpy", "numba", "ml_dtypes"}
 COMMAND_LINE = {"cli": {"typer", "tqdm", "cupy"}}
-ADAPTERS = {"jax": {"jax"}, "tensorflow": {"tensorflow", "keras"}}
 
 
 def imports(name):
@@ -80,9 +81,11 @@ def test_only_the_command_line_knows_the_trainer_and_files():
         assert not imports(name)[0] & above, name
 
 
-def test_nothing_imports_an_adapter():
-    for name in MODULES:
+def test_nothing_knows_the_adapters():
+    for name in MODULES.keys() - ADAPTERS.keys():
         assert not imports(name)[0] & ADAPTERS.keys(), name
+    for name in ADAPTERS:
+        assert not imports(name)[0] & {"cli", "training", *KERNELS}, name
 
 
 def test_imports_make_no_circle():

@@ -77,7 +77,7 @@ def test_a_bank_before_its_first_batch_gives_nothing():
     draw = CachedSampler(10, LAW).sample(items([3, 4]))
     assert draw.negatives.ids.shape == draw.negatives.log_q.shape == (0,)
     assert draw.negatives.embeddings.shape == (0, 3)
-    assert draw.positives.log_q.tolist() == [-np.inf] * 2
+    assert draw.positives.log_q.tolist() == [0, 0]
     assert CachedSampler(10).sample().negatives.log_q is None
 
 
@@ -126,6 +126,27 @@ def test_each_copy_keeps_the_frequency_of_its_coming():
     assert draw.negatives.log_q[2:] == pytest.approx(now)
     assert draw.negatives.log_q[0] == pytest.approx(np.log(2 / 2 * 4))
     assert draw.positives.log_q == pytest.approx(now[:1])
+
+
+def test_a_small_last_batch_does_not_move_log_q():
+    estimator = FrequencyEstimator(10_000, decay=0.05)
+    bank = CachedSampler(512, estimator)
+    for step in range(200):
+        ids = LAW.draw(256, seed=3, step=step)
+        estimator.update(ids, step)
+        bank.update(ids)
+    before = bank.log_q([1, 6])
+    assert np.exp(before) == pytest.approx(512 * np.exp(LAW.log_prob([1, 6])), rel=0.5)
+    bank.update(LAW.draw(4, seed=3, step=201))
+    bank.update(np.empty(0, np.int64))
+    assert bank.log_q([1, 6]) == pytest.approx(before, rel=1e-12)
+
+
+def test_an_empty_bank_alone_lets_training_begin():
+    x = np.random.default_rng(2).normal(size=(4, 3))
+    out = ContrastiveOutput(CachedSampler(8, LAW))(x, np.arange(1, 5), positives=x)
+    assert out.loss == 0
+    assert (out.grads.queries == 0).all()
 
 
 # In the head
@@ -202,6 +223,12 @@ def test_bad_banks(make, text):
     [
         (Candidates(np.array([1])), "items.embeddings: expected an array, as in the items before"),
         (items([1], dim=2), "items.embeddings: expected shape as those before"),
+        (Candidates(np.array([1]), np.ones(3)), r"items.embeddings: expected shape \(B, D\)"),
+        (Candidates(np.array([1, 2]), np.ones((1, 3))), r"items.embeddings: expected shape .* as"),
+        (
+            Candidates(np.array([2**63], np.uint64), np.ones((1, 3))),
+            "items.ids: expected ids below",
+        ),
         (items([1])._replace(bias=np.ones(1)), "items.bias: expected None, as in the items before"),
     ],
 )
@@ -210,3 +237,14 @@ def test_batches_that_do_not_go_together(later, text):
     bank.update(items([1, 2]))
     with pytest.raises(ValueError, match=text):
         bank.update(later)
+
+
+def test_embeddings_of_another_dtype_are_refused():
+    bank = CachedSampler(5)
+    bank.update(items([1, 2]))
+    for dtype, text in (
+        (np.float64, "expected float32, as in the items"),
+        (int, "expected float16"),
+    ):
+        with pytest.raises(TypeError, match=f"items.embeddings: {text}"):
+            bank.update(Candidates(np.array([3]), np.ones((1, 3), dtype)))

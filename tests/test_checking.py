@@ -75,8 +75,8 @@ def test_poissonised_log_q_is_exact_where_that_of_a_fixed_size_is_not():
 @pytest.mark.parametrize("unique", [True, False])
 def test_each_querys_own_negatives_are_what_they_claim(unique):
     sampler = PopularitySampler(LogUniform(1000), 100, unique=unique, per_query=True)
-    row = np.array([3])
-    assert (report := check_sampler(sampler, positives=lambda step: row)), str(report)
+    for batch in (np.array([3]), np.array([3, 4, 999, 3])):
+        assert (report := check_sampler(sampler, positives=lambda step, b=batch: b)), str(report)
 
 
 @pytest.mark.slow

@@ -241,6 +241,15 @@ def test_steps_draw_other_negatives_and_repeat_themselves():
     assert first.negative_ids.tolist() != other.negative_ids.tolist()
 
 
+def test_streams_draw_other_negatives():
+    head = ContrastiveOutput([UNIQUE, InBatchSampler(LAW)], store_negative_ids=True, top_ks=())
+    queries, ids, table = _inputs()
+    out = head(queries, ids, items=table, step=1, stream=5)
+    draw = head.sampler.sample(ids, step=1, stream=5)
+    np.testing.assert_array_equal(out.negative_ids, draw.negatives.ids)
+    assert (out.negative_ids != head(queries, ids, items=table, step=1).negative_ids).any()
+
+
 @pytest.mark.parametrize("hits", [True, False])
 def test_metrics_equal_brute_force(hits):
     queries, ids, table = _inputs()

@@ -6,7 +6,7 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zipfneg import reference
+from zipfneg import Candidates, reference, sampled_softmax_loss
 from zipfneg.masking import FalseNegatives, csr
 
 
@@ -113,3 +113,24 @@ def test_known_positives_need_negative_ids():
 def test_columns_are_not_taken_for_rows():
     with pytest.raises(TypeError, match=r"known: expected rows \(CSR\), got csc; pass .tocsr\(\)"):
         csr("known", scipy.sparse.csc_array(np.eye(3, dtype=int)), 3)
+
+
+@pytest.mark.parametrize("per_query", [False, True])
+def test_wide_unsigned_ids_are_found(per_query):
+    ids = np.array([2**64 - 1, 5, 2**63 + 9, 2**63], np.uint64)
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    own = np.tile(ids, (4, 1)) if per_query else ids
+    v = np.broadcast_to(x, (4, 4, 3)) if per_query else x
+    known = (np.array([0, 1, 1, 2, 2]), np.array([2**63, 2**64 - 1], np.uint64))
+
+    def loss(positive_ids, negative_ids, known):
+        return sampled_softmax_loss(
+            x, Candidates(positive_ids, x), Candidates(negative_ids, v), known_positives=known,
+            reduction="none",
+        )  # fmt: skip
+
+    numbered = {x: k for k, x in enumerate(ids.tolist())}
+    plain = np.arange(4)
+    plain_known = known[0], np.array([numbered[x] for x in known[1].tolist()])
+    plain_own = np.tile(plain, (4, 1)) if per_query else plain
+    assert loss(ids, own, known) == pytest.approx(loss(plain, plain_own, plain_known), rel=1e-13)

@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from zipfneg import (
+    CachedSampler,
     Candidates,
     Empirical,
+    FrequencyEstimator,
     InBatchSampler,
     LogUniform,
     MixtureSampler,
     PopularitySampler,
     Uniform,
+    ZipfMandelbrot,
     merge_repeats,
     reference,
     sampled_softmax_value_and_grad,
@@ -886,3 +889,63 @@ def test_what_cannot_be_merged():
         merge_repeats(Candidates(np.array([1, 1])))
     with pytest.raises(ValueError, match=r"negatives.log_q: expected shape \(S,\)"):
         merge_repeats(Candidates(np.array([1, 1]), log_q=np.zeros(3)))
+
+
+# Edges of the samplers' claims
+
+
+def test_an_excluded_positive_is_certain_in_a_mixture_too():
+    sampler = PopularitySampler(LogUniform(1000), 100, exclude=[17])
+    positives = np.array([17, 3])
+    mixed = MixtureSampler([sampler, PopularitySampler(LogUniform(1000), 50, exclude=[17])])
+    assert MixtureSampler([sampler]).sample(positives).positives.log_q[0] == 0
+    assert mixed.sample(positives).positives.log_q[0] == 0
+    # Not so where another source may draw it.
+    other = MixtureSampler([sampler, PopularitySampler(LogUniform(1000), 50)])
+    assert other.sample(positives).positives.log_q[0] == other.log_q([17])[0] < 0
+
+
+def test_a_bias_on_one_source_alone_is_refused():
+    ids, x = np.arange(4), np.ones((4, 2))
+    bank = CachedSampler(9, LogUniform(10))
+    bank.update(Candidates(ids, x))
+    sampler = MixtureSampler([InBatchSampler(LogUniform(10)), bank])
+    with pytest.raises(ValueError, match="samplers: expected all sources to give a bias or none"):
+        sampler.sample(Candidates(ids, x, bias=np.ones(4)))
+
+
+@pytest.mark.parametrize("option", ["by_tries", "per_query"])
+def test_what_cannot_be_mixed(option):
+    sampler = PopularitySampler(LogUniform(10), 3, **{option: True})
+    with pytest.raises(ValueError, match="by_tries and per_query cannot be mixed"):
+        MixtureSampler([InBatchSampler(LogUniform(10)), sampler])
+
+
+def test_an_estimate_of_presence_is_not_one_of_copies():
+    with pytest.raises(
+        ValueError, match='popularity: expected a FrequencyEstimator with mode="cou'
+    ):
+        InBatchSampler(FrequencyEstimator(10, decay=0.1, mode="probability"))
+
+
+@pytest.mark.parametrize("counts", [[1e300, 1.0], [1e308, 1.0], [1.0] * 10 + [1e-305] * 10])
+def test_a_whole_catalog_is_certain_however_steep(counts):
+    sampler = PopularitySampler(Empirical(counts), len(counts))
+    assert (sampler.log_q(np.arange(len(counts))) == 0).all()
+
+
+@pytest.mark.parametrize("unique", [True, "poisson"])
+@pytest.mark.parametrize(
+    ("num_items", "exponent", "num_sampled"),
+    [(2**40, 3.0, 5000), (2**31, 3.0, 3000), (2**40, 20.0, 5)],
+)
+def test_what_would_take_forever_is_refused(num_items, exponent, num_sampled, unique):
+    sampler = PopularitySampler(ZipfMandelbrot(num_items, exponent), num_sampled, unique=unique)
+    with pytest.raises(ValueError, match=r"num_sampled: expected a number .* 2e\+09 draws"):
+        sampler.sample()
+
+
+def test_copies_of_very_different_log_q():
+    for log_q, expected in (([1000.0, 0.0], 0.0), ([np.inf, 0.0], 0.0), ([0.0, np.inf], 0.0)):
+        merged = merge_repeats(Candidates(np.array([4, 4]), log_q=np.array(log_q)))
+        assert merged.log_q == pytest.approx([expected], abs=1e-12)

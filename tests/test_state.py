@@ -22,7 +22,7 @@ from zipfneg import (
 
 
 def learned_estimator():
-    estimator = FrequencyEstimator(50, decay=0.1, num_hashes=2, mode="probability", prior=0.1)
+    estimator = FrequencyEstimator(50, decay=0.1, num_hashes=2, prior=0.1)
     for step in range(20):
         estimator.update(LogUniform(30).draw(8, seed=1, step=step), step)
     return estimator
@@ -32,7 +32,7 @@ def filled_bank(**options):
     bank = CachedSampler(7, **options)
     for step in range(3):
         ids = LogUniform(30).draw(5, seed=2, step=step)
-        bank.update(Candidates(ids, embeddings=np.full((5, 2), step)))
+        bank.update(Candidates(ids, embeddings=np.full((5, 2), float(step))))
     return bank
 
 
@@ -103,7 +103,34 @@ def test_what_cannot_be_saved_or_restored():
         def sample(self, positives, *, step):
             raise NotImplementedError
 
+    for x in (object(), {"a": LogUniform(3)}):
+        with pytest.raises(TypeError, match=r"x: expected LogUniform, .* settings are not known"):
+            to_state(x)
     with pytest.raises(TypeError, match="whose settings are not known"):
         to_state(MixtureSampler([Own()]))
     with pytest.raises(ValueError, match=r"state: expected a type of LogUniform, .* got 'Zipf'"):
         from_state({"type": "Zipf"})
+
+
+def test_settings_given_as_numpys_numbers_are_json():
+    sampler = PopularitySampler(LogUniform(10), np.int64(3), seed=np.uint64(7), unique=np.True_)
+    assert from_state(json.loads(json.dumps(to_state(sampler)))) == sampler
+
+
+def test_a_restored_bank_is_its_own():
+    bank = filled_bank(popularity=LogUniform(30))
+    state = to_state(bank)
+    restored = from_state(
+        {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in state.items()}
+    )
+    with pytest.raises(ValueError, match="read-only"):
+        restored.sample().negatives.embeddings[0, 0] = 5
+    for changed, text in (
+        ({"embeddings": np.ones((3, 2))}, r"state: expected embeddings for 7 items, .* got 3"),
+        ({"capacity": 4}, "state: expected ids for 7 items, at most 4, got 7"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            from_state({**state, **changed})
+    del state["bias"]
+    with pytest.raises(ValueError, match=r"state: expected capacity, .* missing bias"):
+        from_state(state)

@@ -9,6 +9,7 @@ from . import checks, logq
 from .candidates import Candidates
 from .checks import NDArray
 from .interop import Array, as_array, borrow, view_of
+from .logq import FrequencyEstimator
 from .popularity import Law, stream_words, uniforms
 from .sampling import Draw, InBatchSampler, as_popularity, given_positives
 
@@ -36,7 +37,8 @@ class CachedSampler:
     Notes
     -----
     `sample` changes nothing: call `update` with each batch after its step. Every copy keeps the f
-    of its coming, which matters where a `FrequencyEstimator` goes on learning.
+    of its coming, which matters where a `FrequencyEstimator` goes on learning; in a mixture all log
+    q are those of the popularity now.
 
     Examples
     --------
@@ -74,7 +76,6 @@ class CachedSampler:
             )
         # Oldest first, log_q being log f; None before the first update.
         self._bank: Candidates | None = None
-        self._batch_size = 1  # of the last update
 
     def __len__(self) -> int:
         return 0 if self._bank is None else len(self._bank.ids)  # type: ignore[arg-type]
@@ -90,12 +91,19 @@ class CachedSampler:
         _, items, ids = given_positives(items, None)
         if items is None or ids is None:
             raise ValueError("items: expected the batch's items, got None")
-        batch_size = max(1, len(ids))
         _, views = borrow({"items.embeddings": items.embeddings, "items.bias": items.bias})
-        log_f = None if self.popularity is None else self._log_f(ids, batch_size)
-        new = Candidates(
-            ids.astype(np.int64), views["items.embeddings"], log_f, views["items.bias"]
-        )
+        e, bias = views["items.embeddings"], views["items.bias"]
+        if e is not None and e.ndim != 2:
+            raise ValueError(f"items.embeddings: expected shape (B, D), got {e.shape}")
+        for name, x in (("embeddings", e), ("bias", bias)):
+            if x is not None:
+                checks.floating(f"items.{name}", x)
+                lead = x if x.ndim == 1 else x[:, 0] if x.shape[1] else ids
+                checks.shape(f"items.{name}", lead, ids.shape, "(B,) or (B, D) as items.ids")
+        if ids.dtype == np.uint64 and ids.size and ids.max() >= 2**63:
+            raise ValueError(f"items.ids: expected ids below 2**63, got {ids.max()}")
+        log_f = None if self.popularity is None else self._log_f(ids)
+        new = Candidates(ids.astype(np.int64), e, log_f, bias)
         old = self._bank or _empty_like(new)
         for name, before, x in zip(new._fields, old, new, strict=True):
             if (before is None) != (x is None):
@@ -105,6 +113,11 @@ class CachedSampler:
                 )
             if x is not None and before is not None:
                 checks.shape(f"items.{name}", x, (len(ids), *before.shape[1:]), "as those before")
+                if x.dtype != before.dtype:
+                    raise TypeError(
+                        f"items.{name}: expected {before.dtype}, as in the items before, got "
+                        f"{x.dtype}"
+                    )
         ids = np.concatenate([old.ids, new.ids])
         keep = np.arange(len(ids))
         if self.unique:  # the last copy of each: the first from behind
@@ -114,12 +127,11 @@ class CachedSampler:
         def joined(before: NDArray | None, x: NDArray | None) -> NDArray | None:
             if before is None or x is None:
                 return None
-            both = np.concatenate([before, x.astype(before.dtype, copy=False)])[keep]
+            both = np.concatenate([before, x])[keep]
             both.flags.writeable = False  # what `sample` gives is a view
             return both
 
         self._bank = Candidates(*map(joined, old, new))
-        self._batch_size = batch_size
 
     def sample(
         self,
@@ -145,8 +157,10 @@ class CachedSampler:
         if bank.log_q is not None:
             log_q = logq.log_count(np.asarray(bank.log_q), self._num_given)
             bank = bank._replace(log_q=self.log_q(bank.ids) if self.unique else log_q)
-            if positives is not None:
-                positives = positives._replace(log_q=place.give(self.log_q(ids)))
+            if positives is not None and ids is not None:
+                # With no negatives the loss is 0, whatever the positives' log q.
+                of_positives = self.log_q(ids) if len(self) else np.zeros(len(ids))
+                positives = positives._replace(log_q=place.give(of_positives))
         negatives = Candidates(*(None if x is None else place.give(x) for x in bank))
         return Draw(positives, negatives, self._num_given)
 
@@ -161,12 +175,11 @@ class CachedSampler:
         if not len(self):
             return place.give(np.full(view.shape, -np.inf))
         if not self.unique:
-            log_f = self._log_f(view, self._batch_size)
-            return place.give(logq.log_count(log_f, self._num_given))
+            return place.give(logq.log_count(self._log_f(view), self._num_given))
         prob, weights = self.popularity.spectrum()
         time = logq.sampling_time(prob, weights, len(self))
         share = np.log(self._num_given / len(self))
-        return place.give(self.popularity.log_inclusion(view, time) + share)
+        return place.give(logq.log_inclusion(self.popularity, view, time) + share)
 
     def state(self) -> dict[str, Any]:
         """The settings and the bank as plain numbers and arrays; the popularity as it was given."""
@@ -176,7 +189,6 @@ class CachedSampler:
             "unique": self.unique,
             "num_sampled": self.num_sampled,
             "seed": self.seed,
-            "batch_size": self._batch_size,
             **(self._bank or Candidates())._asdict(),
         }
 
@@ -184,20 +196,34 @@ class CachedSampler:
     def from_state(cls, state: Mapping[str, Any]) -> "CachedSampler":
         """A sampler that goes on where the one of `state` stood."""
         settings = dict(state)
+        names = ("capacity", "popularity", *Candidates._fields)
+        missing = [name for name in names if name not in settings]
+        if missing:
+            raise ValueError(f"state: expected {', '.join(names)}, missing {', '.join(missing)}")
         bank = Candidates(*(settings.pop(name) for name in Candidates._fields))
-        batch_size = settings.pop("batch_size")
         sampler = cls(settings.pop("capacity"), settings.pop("popularity"), **settings)
-        sampler._bank, sampler._batch_size = None if bank.ids is None else bank, batch_size
+        if bank.ids is not None:
+            arrays = {name: np.array(x) for name, x in bank._asdict().items() if x is not None}
+            size = len(arrays["ids"])
+            for name, x in arrays.items():
+                x.flags.writeable = False
+                if len(x) != size or size > sampler.capacity:
+                    raise ValueError(
+                        f"state: expected {name} for {size} items, at most {sampler.capacity}, got "
+                        f"{len(x)}"
+                    )
+            sampler._bank = Candidates(**arrays)
         return sampler
 
     @property
     def _num_given(self) -> int:
         return len(self) if self.num_sampled is None else min(self.num_sampled, len(self))
 
-    def _log_f(self, ids: NDArray, batch_size: int) -> NDArray:
+    def _log_f(self, ids: NDArray) -> NDArray:
         """log of the share of each id among positives."""
-        log_count = InBatchSampler(self.popularity).log_q(ids, batch_size=batch_size)
-        return np.asarray(log_count) - np.log(batch_size)
+        if isinstance(self.popularity, FrequencyEstimator):
+            return np.asarray(self.popularity.log_q(ids)) - np.log(self.popularity.batch_size)
+        return np.asarray(InBatchSampler(self.popularity).log_q(ids, batch_size=1))
 
 
 def _empty_like(items: Candidates) -> Candidates:

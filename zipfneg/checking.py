@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
+from .candidates import Candidates
 from .checks import NDArray
 from .interop import Array, as_array
 
@@ -99,14 +100,19 @@ def check_sampler(
             raise ValueError("ids: expected all ids that the sampler can give, got None")
         ids = np.arange(law.first_id, law.first_id + law.num_items)
     all_ids = np.unique(as_array(ids, "ids"))
-    batch_size = None if positives is None else len(positives(0))
+    batch_size = None
+    if positives is not None:
+        batch: Any = positives(0)
+        batch_size = len(as_array(batch.ids if isinstance(batch, Candidates) else batch))
     log_q = np.asarray(sampler.log_q(all_ids, batch_size=batch_size))
     # −inf says that the sampler never draws an id; NaN and +inf say nothing.
     nonsense = int(np.count_nonzero(np.isnan(log_q) | (log_q == np.inf)))
     is_number = Check("ids whose log q is NaN or infinite", nonsense, 0, 0)
     all_ids, log_q = all_ids[np.isfinite(log_q)], log_q[np.isfinite(log_q)]
     if not len(all_ids):
-        return SamplerReport((is_number,))
+        first = sampler.sample(None if positives is None else positives(0), step=0)
+        num_drawn = as_array(first.negatives.ids).size
+        return SamplerReport((is_number, Check("ids outside the sampler's range", num_drawn, 0, 0)))
     q = np.exp(log_q)
 
     by_q = np.argsort(-q, kind="stable")
@@ -129,8 +135,13 @@ def check_sampler(
             given_log_q = np.asarray(drawn_positives.log_q)
             known_log_q = sampler.log_q(drawn_positives.ids, batch_size=batch_size)
             with np.errstate(invalid="ignore"):
-                apart = np.abs(given_log_q - np.asarray(known_log_q)).max(initial=0.0)
+                apart = np.abs(given_log_q - np.asarray(known_log_q))
+                # An excluded positive is never drawn, and is a candidate once, for certain.
+                certain = (given_log_q == 0) & (np.asarray(known_log_q) == -np.inf)
+                apart = np.where(certain, 0.0, apart).max(initial=0.0)
             of_positives = float(np.maximum(of_positives, apart))
+        # Of negatives for each query, the mean over queries counts.
+        rows = len(negatives.ids) if np.ndim(negatives.ids) == 2 else 1
         drawn, drawn_log_q = as_array(negatives.ids).ravel(), as_array(negatives.log_q).ravel()
         place = np.searchsorted(all_ids, drawn).clip(max=len(all_ids) - 1)
         known = all_ids[place] == drawn
@@ -141,8 +152,8 @@ def check_sampler(
                 apart = np.abs(drawn_log_q - log_q[place]).max()
             disagreement = float(np.maximum(disagreement, apart))  # NaN stays NaN
         for numbers in group_of[:, place]:
-            counts[step] += np.bincount(numbers[numbers >= 0], minlength=len(groups))
-        inverse[step] = np.exp(-log_q[place]).sum()
+            counts[step] += np.bincount(numbers[numbers >= 0], minlength=len(groups)) / rows
+        inverse[step] = np.exp(-log_q[place]).sum() / rows
 
     again, other = draw(0).negatives.ids, draw(1).negatives.ids
     same = np.array_equal(as_array(again), as_array(draw(0).negatives.ids))

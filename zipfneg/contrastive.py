@@ -129,7 +129,9 @@ class ContrastiveOutput:
     def _sources(self) -> tuple[Any, ...]:
         """The samplers, mixtures taken apart."""
         given = self.samplers if isinstance(self.samplers, tuple) else (self.samplers,)
-        return tuple(MixtureSampler(given).samplers) if given else ()
+        return tuple(
+            s for x in given for s in (x.samplers if isinstance(x, MixtureSampler) else (x,))
+        )
 
     def __call__(
         self,
@@ -139,6 +141,7 @@ class ContrastiveOutput:
         items: Array | Candidates | None = None,
         positives: Array | Candidates | None = None,
         step: int = 0,
+        stream: int = 0,
         known_positives: Csr | None = None,
         sample_weight: Array | None = None,
     ) -> Contrastive:
@@ -154,7 +157,8 @@ class ContrastiveOutput:
             embeddings and bias, for samplers whose negatives come with embeddings
             (`InBatchSampler`, `CachedSampler`). What a sampler brings from elsewhere is a
             constant.
-        step : training step: negatives are a pure function of the sampler and it.
+        step, stream : the training step and, say, the worker's rank: negatives are a pure function
+            of the sampler and them.
         known_positives, sample_weight : as for `sampled_softmax_loss`.
 
         Returns
@@ -194,11 +198,15 @@ class ContrastiveOutput:
             checks.shape(f"{name}.bias", bias, embeddings.shape[:1], f"as {name}.embeddings")
 
         checks.integral("positive_ids", ids)
+        if ids.ndim != 1:
+            raise ValueError(f"positive_ids: expected shape (B,), got {ids.shape}")
         ids = ids.astype(np.int64, copy=False)
         draws: list[Draw] = []
         negatives: Any
+        # Without one, a sampler need not know streams.
+        when: dict[str, Any] = {"step": step} | ({"stream": stream} if stream else {})
         if tied:
-            draw = self._draw_rows(ids, embeddings, step)
+            draw = self._draw_rows(ids, embeddings, when)
             negatives, v = draw.negatives, embeddings
             if self._may_merge and negatives.log_q is not None and negatives.ids.ndim == 1:
                 negatives = merge_repeats(negatives)
@@ -209,7 +217,7 @@ class ContrastiveOutput:
                 v = embeddings[rows]
         else:
             checks.shape("positives", embeddings, (len(ids), embeddings.shape[1]), "(B, D)")
-            draw, draws = self._draw_embeddings(Candidates(ids, embeddings, bias=bias), step)
+            draw, draws = self._draw_embeddings(Candidates(ids, embeddings, bias=bias), when)
             negatives, p, p_bias = draw.negatives, embeddings, bias
             rows, v, v_bias = negatives.ids, negatives.embeddings, negatives.bias
         drawn_ids: Any = draw.negatives.ids
@@ -240,7 +248,9 @@ class ContrastiveOutput:
 
         item_grads = positive_grads = None
         if tied:
-            unique_ids, place_of = places(np.concatenate([ids, rows.ravel()]), len(embeddings))
+            unique_ids, place_of = places(
+                np.concatenate([ids, rows.ravel().astype(np.int64)]), len(embeddings)
+            )
             at, of_rows = place_of[: len(ids)], place_of[len(ids) :].reshape(rows.shape)
             d_rows = np.zeros((len(unique_ids), p.shape[1]), gradients.queries.dtype)
             row_kernels.add_rows(d_rows, at, gradients.positives)
@@ -283,7 +293,7 @@ class ContrastiveOutput:
         """
         return self.loss == "softmax" and self.correction != "none" and not self.top_ks
 
-    def _draw_rows(self, ids: NDArray, table: NDArray, step: int) -> Draw:
+    def _draw_rows(self, ids: NDArray, table: NDArray, when: dict[str, Any]) -> Draw:
         """Negatives whose ids are rows of the table."""
         for law in (s.law for s in self._sources() if hasattr(s, "law")):
             if law.first_id + law.num_items > len(table):
@@ -291,7 +301,7 @@ class ContrastiveOutput:
                     f"items: expected a row for every id of the samplers' laws, "
                     f"{law.first_id + law.num_items} rows or more, got {len(table)}"
                 )
-        draw = self.sampler.sample(Candidates(ids=ids), step=step)
+        draw = self.sampler.sample(Candidates(ids=ids), **when)
         _check_draw(draw, (1, 2), "(S,) or (B, S)")
         for drawn in (ids, draw.negatives.ids):
             if drawn.size and not (drawn.min() >= 0 and drawn.max() < len(table)):
@@ -301,14 +311,14 @@ class ContrastiveOutput:
                 )
         return draw
 
-    def _draw_embeddings(self, batch: Candidates, step: int) -> tuple[Draw, list[Draw]]:
+    def _draw_embeddings(self, batch: Candidates, when: dict[str, Any]) -> tuple[Draw, list[Draw]]:
         """Negatives that come with embeddings, whole and by source."""
         sampler = self.sampler
         if isinstance(sampler, MixtureSampler):
-            draws = sampler.draws(batch, step=step)
+            draws = sampler.draws(batch, **when)
             draw = sampler.join(draws, batch)
         else:
-            draw = sampler.sample(batch, step=step)
+            draw = sampler.sample(batch, **when)
             draws = [draw]
         if draw.negatives.embeddings is None:
             raise ValueError(
@@ -339,12 +349,17 @@ class ContrastiveOutput:
         )
 
 
-def _check_draw(draw: Draw, ndims: tuple[int, ...], shapes: str) -> None:
-    shape = () if draw.negatives.ids is None else np.shape(draw.negatives.ids)
-    if draw.positives is None or len(shape) not in ndims:
+def _check_draw(draw: Any, ndims: tuple[int, ...], shapes: str) -> None:
+    """Samplers may be the user's own."""
+    if not isinstance(draw, Draw) or draw.positives is None or draw.negatives.ids is None:
         raise ValueError(
-            f"samplers: expected a draw of the positives and of negatives with ids {shapes}, got "
-            f"positives {draw.positives} and ids of shape {shape}"
+            f"samplers: expected a Draw of the positives and of negatives with ids, got {draw!r}"
+        )
+    ids = draw.negatives.ids
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim not in ndims:
+        raise ValueError(
+            f"samplers: expected negatives with an integer NumPy array of ids {shapes}, as the "
+            f"positives came in NumPy, got {type(ids).__name__} of shape {np.shape(ids)}"
         )
 
 

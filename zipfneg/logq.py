@@ -37,6 +37,13 @@ def sampling_time(prob: NDArray, weights: NDArray, num_sampled: int) -> float:
     return t
 
 
+def log_inclusion(law: Any, ids: NDArray, time: float) -> NDArray:
+    """`Law.log_inclusion`, and 0 for all ids that can be drawn where the time is infinite."""
+    if np.isinf(time):
+        return np.where(law.log_prob(ids) > -np.inf, 0.0, -np.inf)
+    return law.log_inclusion(ids, time)
+
+
 def log_count(log_prob: NDArray, num_sampled: float) -> NDArray:
     """log(S·p): the expected number of copies among S draws with replacement, or batch slots."""
     with np.errstate(divide="ignore"):
@@ -115,6 +122,7 @@ class FrequencyEstimator:
             raise ValueError(f"prior: expected a positive number or None, got {prior}")
         self.decay, self.mode, self.prior = float(decay), mode, prior
         self.first_step = self.last_step = -1  # before the first update
+        self.num_updates = self.num_seen = 0
         self._seen_at = np.full((self.num_hashes, self.num_buckets), -1)  # A
         self._gap = np.full((self.num_hashes, self.num_buckets), np.inf)  # G; infinite if unseen
 
@@ -134,6 +142,7 @@ class FrequencyEstimator:
         if self.last_step < 0:
             self.first_step = step
         batch = views["ids"].ravel()
+        self.num_updates, self.num_seen = self.num_updates + 1, self.num_seen + len(batch)
         if self.mode == "probability":
             batch = np.unique(batch)
         for seen_at, gap, buckets in zip(
@@ -162,6 +171,11 @@ class FrequencyEstimator:
             log_q = np.minimum(log_q, 0.0)
         return place.give(log_q.reshape(view.shape))
 
+    @property
+    def batch_size(self) -> float:
+        """The mean number of ids in a batch; 1 before the first."""
+        return max(1.0, self.num_seen / max(1, self.num_updates))
+
     def merge(self, other: "FrequencyEstimator") -> "FrequencyEstimator":
         """The estimator of both streams together: two workers' halves of every batch.
 
@@ -174,6 +188,8 @@ class FrequencyEstimator:
         merged = self.from_state(self.state())
         merged.last_step = max(self.last_step, other.last_step)
         merged.first_step = min(self.first_step, other.first_step)
+        merged.num_updates = max(self.num_updates, other.num_updates)
+        merged.num_seen = self.num_seen + other.num_seen
         merged._seen_at = np.maximum(self._seen_at, other._seen_at)
         rate, other_rate = 1 / self._gap, 1 / other._gap
         if self.mode == "count":
@@ -190,6 +206,8 @@ class FrequencyEstimator:
             **self._settings(),
             "first_step": self.first_step,
             "last_step": self.last_step,
+            "num_updates": self.num_updates,
+            "num_seen": self.num_seen,
             "seen_at": self._seen_at.copy(),
             "gap": self._gap.copy(),
         }
@@ -198,15 +216,16 @@ class FrequencyEstimator:
     def from_state(cls, state: Mapping[str, Any]) -> "FrequencyEstimator":
         """An estimator that goes on where the one of `state` stood."""
         settings = dict(state)
-        names = ("first_step", "last_step", "seen_at", "gap")
+        names = ("first_step", "last_step", "num_updates", "num_seen", "seen_at", "gap")
         missing = [name for name in names if name not in settings]
         if missing:
             raise ValueError(f"state: expected {', '.join(names)}, missing {', '.join(missing)}")
-        first_step, last_step, seen_at, gap = (settings.pop(name) for name in names)
+        first_step, last_step, updates, seen, seen_at, gap = (settings.pop(x) for x in names)
         estimator = cls(**settings)
         checks.shape("seen_at", seen_at, estimator._seen_at.shape, "(num_hashes, num_buckets)")
         checks.shape("gap", gap, estimator._gap.shape, "(num_hashes, num_buckets)")
         estimator.first_step, estimator.last_step = int(first_step), int(last_step)
+        estimator.num_updates, estimator.num_seen = int(updates), int(seen)
         estimator._seen_at[...], estimator._gap[...] = seen_at, gap
         return estimator
 

@@ -214,9 +214,10 @@ def sampled_softmax_loss(
     negatives are all dropped has loss 0 and zero gradients, or the positive's term alone in "bce"
     and "gbce"; a batch without rows has loss 0.
     Arithmetic is float32, or float64 where an embedding is float64. Beyond float32 copies of half
-    precision arrays (per-query negatives excepted) and the results, it uses a workspace of at most
-    64 MiB, whatever B and S. NaN and infinity of embeddings pass through. Results are the same to
-    the last bit for any number of threads.
+    precision arrays (per-query negatives excepted), of biases, log q and ids of another dtype, and
+    the results, it uses a workspace of at most 64 MiB, whatever B and S. NaN and infinity of
+    embeddings pass through, into the gradients also those of a dropped negative. Results of the
+    softmax are the same to the last bit for any number of threads.
 
     References
     ----------

@@ -58,6 +58,10 @@ class FalseNegatives(NamedTuple):
         num_queries: int,
     ) -> "FalseNegatives":
         order = indptr = drop_ids = np.empty(0, np.int64)
+        if negative_ids is not None:  # before they are sorted: wide unsigned ids become negative
+            negative_ids = negative_ids.astype(np.int64, copy=False)
+        if positive_ids is not None:
+            positive_ids = positive_ids.astype(np.int64, copy=False)
         if known_positives is not None:
             if negative_ids is None:
                 raise ValueError("known_positives: needs negatives.ids to compare with, got None")

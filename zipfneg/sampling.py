@@ -15,6 +15,9 @@ from .cpu.threads import for_spans
 from .interop import NUMPY, Array, Home, as_array, borrow, on_device, view_of
 from .popularity import Empirical, Law, Words, poisson, stream_words, uniforms, words_on_cuda
 
+# Unique draws that take more, or a race over more than a sixteenth of that, take minutes.
+MAX_TRIES = 2**31
+
 
 class Draw(NamedTuple):
     """A sample of negatives, with log q for both sides.
@@ -82,7 +85,8 @@ class PopularitySampler:
     Unique sampling never hangs: where rejection would take more than 4·N tries, an exponential race
     over all ids (Efraimidis & Spirakis 2006) gives the same law, in time and memory of order N, and
     S = N is a random permutation. `num_tries` is then the race's clock, which has the same mean,
-    and at least S. A steep law over a huge N makes either slow: little of it can be reached.
+    and at least S. What would take more than 2**31 draws, as a large part of a steep law over a
+    huge N does, is an error.
 
     The sampler does not avoid the positives: the loss drops accidental hits by their ids.
 
@@ -111,9 +115,14 @@ class PopularitySampler:
             raise TypeError(f"law: expected a popularity law, got {self.law!r}")
         size = checks.integer("num_sampled", self.num_sampled, 1, 2**40)
         object.__setattr__(self, "num_sampled", size)
-        checks.integer("seed", self.seed, 0, 2**64 - 1)
-        if self.unique not in (True, False, "poisson"):
-            raise ValueError(f'unique: expected True, False or "poisson", got {self.unique!r}')
+        object.__setattr__(self, "seed", checks.integer("seed", self.seed, 0, 2**64 - 1))
+        for name in ("unique", "per_query", "by_tries"):
+            value = getattr(self, name)
+            if isinstance(value, bool | np.bool_):
+                object.__setattr__(self, name, bool(value))
+            elif name != "unique" or value != "poisson":
+                also = ' or "poisson"' if name == "unique" else ""
+                raise ValueError(f"{name}: expected True, False{also}, got {value!r}")
         if self.unique == "poisson" and self.per_query:
             raise ValueError('per_query: expected False for unique="poisson", got True: its rows '
                              "would be of different lengths")  # fmt: skip
@@ -155,6 +164,13 @@ class PopularitySampler:
             return self._sample_on_cuda(place, positives, positive_ids, step, stream)
         words = stream_words(self.seed, step, stream)
         excluded, time = self._conditions(exclude)
+        race = self.unique and time > 4 * self.law.num_items + 64
+        if (16 * self.law.num_items if race else time) > MAX_TRIES:
+            raise ValueError(
+                f"num_sampled: expected a number of distinct ids that {MAX_TRIES:.0e} draws give, "
+                f"got {self.num_sampled}, which take about {time:.0e} from {self.law}; sample "
+                f"fewer, or from fewer items or a flatter law"
+            )
         if self.per_query:
             if positive_ids is None:
                 raise ValueError("positives: expected the batch's items for per_query, got None")
@@ -218,8 +234,10 @@ class PopularitySampler:
         """
         place, view = view_of("ids", ids)
         excluded, time = self._conditions(exclude)
-        if self.by_tries and num_tries is None:
-            raise ValueError("num_tries: expected that of a draw for by_tries, got None")
+        if self.by_tries:
+            if num_tries is None:
+                raise ValueError("num_tries: expected that of a draw for by_tries, got None")
+            num_tries = checks.integer("num_tries", num_tries, self.num_sampled, 2**62)
         log_q = self._log_q(view, time, num_tries)
         if excluded.size:
             log_q = np.where(np.isin(view, excluded), -np.inf, log_q)
@@ -229,7 +247,7 @@ class PopularitySampler:
         if self.by_tries and num_tries is not None:
             return logq.log_count_by_tries(self.law.log_prob(ids), self.num_sampled, num_tries)
         if self.unique:
-            return self.law.log_inclusion(ids, time)
+            return logq.log_inclusion(self.law, ids, time)
         return logq.log_count(self.law.log_prob(ids), time)
 
     # The ids left out, and the time: the number of draws that keeping S of the others takes.
@@ -251,6 +269,7 @@ class PopularitySampler:
 
     def _in_law(self, ids: Array) -> NDArray:
         """Those that the law can draw, ascending, each once."""
+        ids = () if ids is None else list(ids) if isinstance(ids, set | frozenset) else ids
         view = view_of("exclude", ids)[1]
         view = np.unique(view.astype(np.int64) if not view.size else view)
         checks.integral("exclude", view)
@@ -339,10 +358,12 @@ class PopularitySampler:
             ids = ids[by_then][np.argsort(arrival[by_then], kind="stable")]
             return ids, max(len(ids), round(min(time, 2.0**62)))
         num_tries = poisson(time, words)
-        size = min(num_tries, self.law.num_items)
-        # The number kept is known only then: one more would end the draws before their number.
-        ids, _ = self._unseen(size + 1, words, excluded, time, num_tries)
-        return ids, num_tries
+        size = self.num_sampled + 8 * int(self.num_sampled**0.5) + 16
+        while True:
+            ids, _ = self._unseen(size, words, excluded, time, num_tries)
+            if len(ids) < size:  # else the draws may have ended before their number
+                return ids, num_tries
+            size *= 2
 
     def _arrivals(self, words: Words, excluded: NDArray, row: int = 0) -> tuple[NDArray, NDArray]:
         """All ids, and log of the exponential time at which each arrives, at the rate P(id)."""
@@ -404,12 +425,13 @@ def merge_repeats(negatives: Candidates) -> Candidates:
             from .cuda import sampling as cuda
 
             distinct, first, copies, _ = cuda.merge_repeats(ids)
-            distinct = distinct.astype(ids.dtype, copy=False)
+            distinct, least = distinct.astype(ids.dtype, copy=False), log_q[first]
         else:
             distinct, first, place_of = np.unique(ids, return_index=True, return_inverse=True)
-            of_first = log_q[first][place_of]
-            weight = np.ones(ids.shape)  # of a copy, beside the first
-            np.exp(of_first - log_q, out=weight, where=of_first != log_q)
+            least = np.full(len(distinct), np.inf)
+            np.minimum.at(least, place_of, log_q)
+            weight = np.ones(ids.shape)  # of a copy, beside the heaviest
+            np.exp(least[place_of] - log_q, out=weight, where=least[place_of] != log_q)
             copies = np.bincount(place_of, weight, len(distinct))
 
         def kept(name: str) -> Array:
@@ -419,13 +441,18 @@ def merge_repeats(negatives: Candidates) -> Candidates:
         return Candidates(
             ids=place.give(distinct),
             embeddings=kept("embeddings"),
-            log_q=place.give((log_q[first] - np.log(copies)).astype(log_q.dtype)),
+            log_q=place.give((least - np.log(copies)).astype(log_q.dtype)),
             bias=kept("bias"),
         )
 
 
 def as_popularity(x: Any) -> Any:
     """A law, a `FrequencyEstimator` or None as they are; counts as the law of their shares."""
+    if getattr(x, "mode", "count") != "count":
+        raise ValueError(
+            f'popularity: expected a FrequencyEstimator with mode="count", since repeats are kept, '
+            f"got mode={x.mode!r}"
+        )
     known = x is None or hasattr(x, "log_prob") or hasattr(x, "log_q")
     return x if known else Empirical(x)
 
@@ -521,6 +548,14 @@ class MixtureSampler:
         object.__setattr__(self, "samplers", tuple(members))
         if not self.samplers:
             raise ValueError("samplers: expected at least one, got none")
+        for sampler in self.samplers:
+            if not hasattr(sampler, "sample"):
+                raise TypeError(f"samplers: expected objects with sample(), got {sampler!r}")
+            if getattr(sampler, "by_tries", False) or getattr(sampler, "per_query", False):
+                raise ValueError(
+                    "samplers: expected sources shared by the batch, whose log q is that of the "
+                    f"law: by_tries and per_query cannot be mixed, got {sampler!r}"
+                )
 
     def sample(
         self,
@@ -568,6 +603,12 @@ class MixtureSampler:
             raise ValueError("samplers: expected each to give ids (S,), shared by the batch")
         batch_size = None if positive_ids is None else len(positive_ids)
         embeddings, bias = joined("embeddings"), joined("bias")
+        with_bias = [d.negatives.bias is not None for d in draws]
+        if embeddings is not None and any(with_bias) and not all(with_bias):
+            raise ValueError(
+                f"samplers: expected all sources to give a bias or none, got {with_bias}: the same "
+                f"item would be scored in two ways"
+            )
         negatives = Candidates(
             ids=place.give(ids),
             embeddings=None if embeddings is None else place.give(embeddings),
@@ -575,8 +616,11 @@ class MixtureSampler:
             bias=None if bias is None else place.give(bias),
         )
         if positives is not None and positive_ids is not None:
-            log_q = self.log_q(positive_ids, batch_size=batch_size)
-            positives = positives._replace(log_q=place.give(log_q))
+            log_q = np.asarray(self.log_q(positive_ids, batch_size=batch_size))
+            # Excluded from all sources that could give it: it stands there once, for certain.
+            excluded = [s._excluded for s in self.samplers if isinstance(s, PopularitySampler)]
+            certain = np.isin(positive_ids, np.concatenate([*excluded, []])) & (log_q == -np.inf)
+            positives = positives._replace(log_q=place.give(np.where(certain, 0.0, log_q)))
         return Draw(positives, negatives, sum(d.num_tries for d in draws))
 
     def log_q(self, ids: Array, *, batch_size: int | None = None) -> Array:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from .cached import CachedSampler
 from .contrastive import ContrastiveOutput
 from .logq import FrequencyEstimator
@@ -25,12 +27,13 @@ def to_state(x: Any) -> Any:
     Returns
     -------
     Nested dictionaries and lists of numbers, strings, None and NumPy arrays, to be kept with a
-    model's weights. Without arrays (counts, an estimator, a bank) it is JSON.
+    model's weights. Without arrays (counts, an estimator, a bank) it is JSON. How a law was
+    fitted is left out.
 
     Raises
     ------
     TypeError
-        For a sampler of your own.
+        For anything else, such as a sampler of your own.
 
     Examples
     --------
@@ -50,9 +53,11 @@ def to_state(x: Any) -> Any:
         else:
             settings = x.state()
         return {"type": type(x).__name__, **{k: to_state(v) for k, v in settings.items()}}
-    if hasattr(x, "sample") or hasattr(x, "log_q") or hasattr(x, "log_prob"):
-        raise TypeError(f"expected {', '.join(TYPES)}, got {x!r}, whose settings are not known")
-    return x
+    if x is None or isinstance(x, bool | int | float | str | np.ndarray):
+        return x
+    if isinstance(x, np.generic):
+        return x.item()
+    raise TypeError(f"x: expected {', '.join(TYPES)}, got {x!r}, whose settings are not known")
 
 
 def from_state(state: Any) -> Any:

@@ -54,7 +54,8 @@ def symmetric_softmax_value_and_grad(
     Notes
     -----
     Pairs that share a query or an item are no negatives of each other: where ids are given, such
-    combinations are dropped in both directions.
+    combinations are dropped in both directions, in time and memory of the sum of the squares of the
+    numbers of equal ids.
 
     Examples
     --------
@@ -91,8 +92,13 @@ def symmetric_softmax_value_and_grad(
     checks.shape("items", np.asarray(v.embeddings), shape, "(B, D) as queries")
     same = _same_pairs(u.ids, v.ids, shape[0])
 
-    def direction(anchors: Candidates, found: Candidates) -> tuple[Prepared, Any, Any]:
+    def direction(anchors: Candidates, found: Candidates, side: str) -> tuple[Prepared, Any, Any]:
         """Each anchor's own among all that are to be found."""
+        for name in ("log_q", "bias"):
+            x = getattr(found, name)
+            if x is not None:
+                checks.shape(f"{side}.{name}", x, shape[:1], f"(B,) as {side}.embeddings")
+                checks.finite(f"{side}.{name}", x.astype(np.float64))
         prepared = prepare(
             anchors.embeddings,
             found._replace(ids=None),
@@ -105,8 +111,8 @@ def symmetric_softmax_value_and_grad(
         )
         return prepared, *prepared.engine.value_and_gradients(prepared.problem, prepared.weight / 2)
 
-    found_items, items_result, of_items = direction(u, v)
-    found_queries, queries_result, of_queries = direction(v, u)
+    found_items, items_result, of_items = direction(u, v, "items")
+    found_queries, queries_result, of_queries = direction(v, u, "queries")
     loss = found_items.loss(items_result) / 2 + found_queries.loss(queries_result) / 2
 
     def back(side: Candidates, anchor: Any, own: Any) -> Candidates:
@@ -143,6 +149,6 @@ def _same_pairs(
             if len(group) > 1:
                 rows.append(np.repeat(group, len(group)))
                 columns.append(np.tile(group, len(group)))
-    pairs = np.unique(np.concatenate(rows) * size + np.concatenate(columns))
-    counts = np.bincount(pairs // max(1, size), minlength=size)
-    return np.concatenate([[0], np.cumsum(counts)]), pairs % max(1, size)
+    row, column = np.concatenate(rows), np.concatenate(columns)
+    counts = np.bincount(row, minlength=size)
+    return np.concatenate([[0], np.cumsum(counts)]), column[np.argsort(row, kind="stable")]
