@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 collect_ignore = [
     f"{folder}/{framework}.{suffix}"
-    for framework in ("torch",)
+    for framework in ("torch", "jax", "tensorflow")
     if find_spec(framework) is None
     for folder, suffix in (("zipfneg", "py"), ("docs", "md"))
 ]

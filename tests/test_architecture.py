@@ -24,8 +24,8 @@ OPTIONAL = {
     "demo": {"pyarrow", "matplotlib", "wordsegment"},
     "fitting": {"matplotlib"},
 }
-# Each imports one framework, and stands above all others.
-ADAPTERS = {"torch"}
+# Each imports one framework, as these packages, and stands above all others.
+ADAPTERS = {"torch": {"torch"}, "jax": {"jax"}, "tensorflow": {"tensorflow", "keras"}}
 CORE_PACKAGES = {"numpy", "numba", "ml_dtypes"}
 COMMAND_LINE = {"cli": {"typer", "tqdm", "cupy"}}
 
@@ -82,8 +82,8 @@ def test_only_the_command_line_knows_the_trainer_and_files():
 
 
 def test_nothing_knows_the_adapters():
-    for name in MODULES.keys() - ADAPTERS:
-        assert not imports(name)[0] & ADAPTERS, name
+    for name in MODULES.keys() - ADAPTERS.keys():
+        assert not imports(name)[0] & ADAPTERS.keys(), name
     for name in ADAPTERS:
         assert not imports(name)[0] & {"cli", "training", *KERNELS}, name
 
@@ -107,6 +107,7 @@ def test_imports_make_no_circle():
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_packages_stay_where_they_belong(name):
     allowed = CORE_PACKAGES | OPTIONAL.get(name, set()) | COMMAND_LINE.get(name, set())
+    allowed = allowed | ADAPTERS.get(name, set())
     if name == "popularity":
         allowed = allowed | {"scipy"}  # imported only to fit
     if name == "cpu.product":
@@ -115,8 +116,6 @@ def test_packages_stay_where_they_belong(name):
         allowed = allowed | {"cupy"}  # imported only once CUDA is asked for
     if name == "cuda.launch":
         allowed = allowed | {"cupy", "cuda"}  # at the first launch
-    if name in ADAPTERS:
-        allowed = allowed | {name}
     packages = {package.split(".")[0] for package in imports(name)[1]}
     assert packages - set(sys.stdlib_module_names) <= allowed
 

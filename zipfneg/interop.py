@@ -223,7 +223,7 @@ class Home(NamedTuple):
             return torch.from_numpy(array)
         if self.framework == "jax":
             jax = sys.modules["jax"]
-            return jax.device_put(_narrowed(array, jax.config.jax_enable_x64), self.device)
+            return jax.device_put(narrowed(array, jax.config.jax_enable_x64), self.device)
         if self.framework == "tensorflow":
             tf = sys.modules["tensorflow"]
             with tf.device(self.device):
@@ -263,7 +263,7 @@ def on_device(device: str) -> Home:
     return Home("cupy", f"cuda:{index or cupy.cuda.runtime.getDevice()}")
 
 
-def _narrowed(array: NDArray, x64: bool) -> NDArray:
+def narrowed(array: NDArray, x64: bool) -> NDArray:
     """JAX without x64 would wrap wide integers silently; floats only lose digits."""
     if array.dtype == np.int64 and not x64:
         if array.size and max(-int(array.min()), int(array.max())) >= 2**31:
