@@ -264,7 +264,9 @@ class ContrastiveOutput(keras.layers.Layer):
         constants = [_tensor(self.step), _tensor(positive_ids)]
 
         def on_host(step: NDArray, ids: NDArray, u: NDArray, side: NDArray, *bias: NDArray) -> Any:
-            given = {"items" if tied else "positives": Candidates(None, side, None, *bias)}
+            given: dict[str, Any] = {
+                "items" if tied else "positives": Candidates(None, side, None, *bias)
+            }
             out = self.head(u, ids, **given, step=int(step))
             grads = _leaves(out.grads[1:3])  # of the items or the positives
             return [out.loss, list(out.metrics.values()), out.grads.queries, *grads]
