@@ -123,6 +123,7 @@ def with_torch(x: Inputs, threads: int) -> dict[str, Run]:
     except ImportError:
         return {}
     functional = torch.nn.functional
+    torch._dynamo.reset()  # else the cases before count against its limit of compilations
     torch.set_num_threads(threads)
     u, p, v = (torch.from_numpy(y).requires_grad_() for y in (x.u, x.p, x.v))
     log_q_0, log_q = torch.from_numpy(x.log_q_0), torch.from_numpy(x.log_q)

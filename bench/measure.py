@@ -26,15 +26,18 @@ def alternating(
     """Seconds of each, one after another in rounds, so that all meet the same disturbances.
 
     Rounds go on for `budget` seconds for each of them, at least 5 and at most 200. Before each run
-    comes a pause, in which the threads of the one before stop spinning, and a run that is not
-    counted.
+    comes a pause, in which the threads of the one before stop spinning, and runs that are not
+    counted, for 0.1 s or more: a processor that was idle is slow at first, and training is not.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     end, rounds = time.perf_counter() + budget * len(runs), 0
     while rounds < 5 or (time.perf_counter() < end and rounds < 200):
         for name, run in runs.items():
-            time.sleep(0.05 if len(runs) > 1 else 0)
+            time.sleep(0.3 if len(runs) > 1 else 0)
+            warm = time.perf_counter() + (0.1 if len(runs) > 1 else 0)
             run()
+            while time.perf_counter() < warm:
+                run()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
