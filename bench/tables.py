@@ -124,8 +124,8 @@ def picture() -> str:
     )
     memory.set(xlabel="negatives", ylabel="MiB", title="Memory beyond inputs and gradients")
     draws.set(xlabel="items", ylabel="million ids/s", title="Draws with replacement, one thread")
-    for axes in (memory, draws):
-        axes.legend(fontsize=7)
+    memory.legend(fontsize=7, loc="upper left")
+    draws.legend(fontsize=7, loc="lower right")
     figure.savefig(ROOT / "docs" / "benchmarks.png", dpi=110)
     return (
         "\n![Time and memory against the number of negatives, draws a second against the number of "

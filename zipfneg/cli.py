@@ -41,7 +41,7 @@ COLUMNS, NEGATIVES, TRAINING, OUTPUT = "Columns", "Negatives", "Training", "Outp
 
 Dim = Annotated[int, _option(TRAINING, "Dimensions of the embeddings.", min=1)]
 Batch = Annotated[int, _option(TRAINING, "Pairs in a step.", min=1)]
-Rate = Annotated[float, _option(TRAINING, "AdaGrad's learning rate.", callback=_positive)]
+Rate = Annotated[float, _option(TRAINING, "The optimizer's learning rate.", callback=_positive)]
 Seed = Annotated[int, _option(TRAINING, "Seed of everything random.", min=0)]
 Sampled = Annotated[int, _option(NEGATIVES, "Negatives in a step, shared by the batch.", min=1)]
 
