@@ -448,7 +448,7 @@ def merge_repeats(negatives: Candidates) -> Candidates:
 
 def as_popularity(x: Any) -> Any:
     """A law, a `FrequencyEstimator` or None as they are; counts as the law of their shares."""
-    if getattr(x, "mode", "count") != "count":
+    if isinstance(x, logq.FrequencyEstimator) and x.mode != "count":
         raise ValueError(
             f'popularity: expected a FrequencyEstimator with mode="count", since repeats are kept, '
             f"got mode={x.mode!r}"
