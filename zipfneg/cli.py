@@ -422,8 +422,8 @@ _OPTIONAL = {
     "matplotlib": ("pictures", "demo"),
     "pyarrow": ("CSV and Parquet files", "demo"),
     "wordsegment": ("the demo's data", "demo"),
-    "cupy": ("CUDA arrays*", "cu13"),
-    "numba_cuda": ("CUDA kernels*", "cu13"),
+    "cupy": ("CUDA arrays", "cu13"),
+    "numba_cuda": ("CUDA kernels", "cu13"),
     "torch": ("PyTorch tensors", "torch"),
     "jax": ("JAX arrays", "jax"),
     "tensorflow": ("TensorFlow tensors", "tensorflow"),
@@ -458,12 +458,12 @@ def info() -> None:
 
 def _cuda() -> str:
     if importlib.util.find_spec("cupy") is None:
-        return "not used by this version; cupy is not installed"
+        return "samplers alone; cupy is not installed"
     import cupy
 
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"not used by this version; no device: {error}"
+        return f"samplers alone; no device: {error}"
     names = [cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count)]
-    return f"not used by this version; devices: {', '.join(names)}"
+    return f"samplers alone; devices: {', '.join(names)}"
