@@ -23,6 +23,7 @@ from zipfneg import (
     merge_repeats,
     reference,
     sampled_softmax_value_and_grad,
+    sampling,
 )
 from zipfneg.popularity import poisson, stream_words
 from zipfneg.scalar import philox, u64, uniform_53
@@ -943,6 +944,13 @@ def test_what_would_take_forever_is_refused(num_items, exponent, num_sampled, un
     sampler = PopularitySampler(ZipfMandelbrot(num_items, exponent), num_sampled, unique=unique)
     with pytest.raises(ValueError, match=r"num_sampled: expected a number .* 2e\+09 draws"):
         sampler.sample()
+
+
+def test_draws_with_repeats_are_as_many_as_asked_for(monkeypatch):
+    monkeypatch.setattr(sampling, "MAX_TRIES", 10)
+    assert PopularitySampler(Uniform(5), 20, unique=False).sample().num_tries == 20
+    with pytest.raises(ValueError, match="num_sampled: expected a number of distinct ids"):
+        PopularitySampler(Uniform(10**6), 20).sample()
 
 
 def test_copies_of_very_different_log_q():

@@ -165,7 +165,7 @@ class PopularitySampler:
         words = stream_words(self.seed, step, stream)
         excluded, time = self._conditions(exclude)
         race = self.unique and time > 4 * self.law.num_items + 64
-        if (16 * self.law.num_items if race else time) > MAX_TRIES:
+        if self.unique and (16 * self.law.num_items if race else time) > MAX_TRIES:
             raise ValueError(
                 f"num_sampled: expected a number of distinct ids that {MAX_TRIES:.0e} draws give, "
                 f"got {self.num_sampled}, which take about {time:.0e} from {self.law}; sample "
